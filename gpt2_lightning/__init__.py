@@ -1,0 +1,22 @@
+"""GPT-2 reproduced from scratch on PyTorch Lightning.
+
+The names below are imported when they are first used, so that ``gpt2 --help`` pays for neither torch nor lightning.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gpt2_lightning.model import GPT, GPTConfig
+    from gpt2_lightning.weights import load
+
+__version__ = "0.1.0"
+__all__ = ["GPT", "GPTConfig", "load"]
+
+_HOME = {"GPT": "model", "GPTConfig": "model", "load": "weights"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

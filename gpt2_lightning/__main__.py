@@ -1,0 +1,151 @@
+"""The ``gpt2`` command. Each subcommand imports what it needs when it is called: ``gpt2 --help`` pays for nothing."""
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+COMMANDS = {
+    "fit": "train, from a recipe: --config configs/quickstart.yaml [--trainer.… --model.… --data.…]",
+    "validate": "validation loss and HellaSwag of a checkpoint: --config … --ckpt_path …",
+    "prepare": "documents to token shards",
+    "generate": "continue a prompt",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose usage errors are one line of usage and one sentence."""
+
+    def error(self, message: str) -> NoReturn:
+        positional = [a.metavar or a.dest for a in self._actions if not a.option_strings]
+        required = [f"{a.option_strings[-1]} {a.metavar or a.dest.upper()}" for a in self._actions if a.option_strings and a.required]  # fmt: skip
+        print("usage:", *[self.prog, *positional, *required, "[options]"], file=sys.stderr)
+        print(f"{self.prog}: error: {message}", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Runs ``gpt2 ARGS``; the exit code: 0, 1 for bad input, 2 for a usage error."""
+    args = list(sys.argv[1:] if args is None else args)
+    command = args[0] if args else ""
+    if command in ("", "-h", "--help"):
+        print("usage: gpt2 COMMAND [options]; gpt2 COMMAND --help tells the options\n")
+        for name, what in COMMANDS.items():
+            print(f"  {name:<10} {what}")
+        return 0 if command else 2
+    if command not in COMMANDS:
+        print(f"usage: gpt2 COMMAND [options]\ngpt2: error: no command {command!r}: choose from {', '.join(COMMANDS)}", file=sys.stderr)  # fmt: skip
+        return 2
+    run = {"fit": _lightning, "validate": _lightning, "prepare": _prepare, "generate": _generate}[command]
+    try:
+        run(args)
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except KeyboardInterrupt:
+        print(f"gpt2 {command}: interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        sentence = _sentence(error)
+        if sentence is None:
+            raise
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"gpt2 {command}: error: {sentence}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _sentence(error: Exception) -> str | None:
+    """What to tell a user; None for what is a defect of ours, which keeps its traceback."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = Path(frames[-1].filename).is_relative_to(Path(__file__).parent)
+    if type(error).__name__ == "MisconfigurationException" or (ours and isinstance(error, ValueError | OSError)):
+        return " ".join(str(error).split())
+    return None
+
+
+def _lightning(args: list[str]) -> None:
+    from gpt2_lightning.cli import run
+
+    run(args)
+
+
+def _prepare(args: list[str]) -> None:
+    parser = Parser(prog="gpt2 prepare", description="Tokenize documents into shards; run again, it goes on.")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--source", nargs="+", help="fineweb-edu, stdlib, ORG/NAME on the hub, or local files and globs")
+    what.add_argument("--verify", metavar="DIR", help="check every shard in DIR against its manifest instead")
+    parser.add_argument("--out", metavar="DIR", help="folder of the shards")
+    parser.add_argument("--name", help="configuration of a hub dataset, such as sample-10BT")
+    parser.add_argument("--revision", help="branch, tag or commit of a hub dataset")
+    parser.add_argument("--text_column", default="text", help="field that holds the text (default: text)")
+    parser.add_argument("--shard_tokens", type=int, default=100_000_000, help="tokens per shard (default: 100000000)")
+    parser.add_argument("--workers", type=int, help="threads that tokenize (default: one per core)")
+    parser.add_argument("--format", choices=("npy", "bin"), default="npy", help="build-nanogpt's or llm.c's shards")
+    given = parser.parse_args(args[1:])
+    if given.verify:
+        from gpt2_lightning.data.shards import verify
+
+        manifest = verify(Path(given.verify))
+        print(f"{given.verify}: {len(manifest.shards)} shards as their manifest says")
+        return
+    if not given.out:
+        parser.error("--source needs --out DIR, the folder to write the shards to")
+    from gpt2_lightning.data.prepare import prepare
+
+    source = given.source[0] if len(given.source) == 1 else given.source
+    options: dict[str, Any] = {k: v for k, v in vars(given).items() if k not in ("source", "verify", "out")}
+    manifest = prepare(source, Path(given.out), **options)
+    print(f"{given.out}: {manifest.tokens('train'):,} tokens to train on, {manifest.tokens('val'):,} to validate on")
+
+
+def _generate(args: list[str]) -> None:
+    parser = Parser(prog="gpt2 generate", description="Continue a prompt with a trained GPT-2.")
+    parser.add_argument("path", metavar="PATH", help="checkpoint, exported folder, or hub name such as gpt2")
+    parser.add_argument("--prompt", help="text to continue (default: standard input)")
+    parser.add_argument("--max_new_tokens", type=int, default=100)
+    parser.add_argument("--num_samples", type=int, default=1)
+    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--top_k", type=int, default=50, help="sample among the k likeliest; 1 is greedy (default: 50)")
+    parser.add_argument("--top_p", type=float, default=1.0, help="… and among the fewest that reach this probability")
+    parser.add_argument("--seed", type=int, help="the same seed gives the same text")
+    given = parser.parse_args(args[1:])
+    from gpt2_lightning.generate import TextStream, generate
+    from gpt2_lightning.tokenizer import VOCAB_SIZE, get_tokenizer
+    from gpt2_lightning.weights import best_device, load
+
+    try:
+        text = sys.stdin.buffer.read().decode() if given.prompt is None else given.prompt.encode().decode()
+    except UnicodeError:
+        parser.error("the prompt is not UTF-8 text")
+    model = load(given.path).to(best_device())
+    if model.config.vocab_size < VOCAB_SIZE:
+        raise ValueError(
+            f"{given.path} has a vocabulary of {model.config.vocab_size} ids, which is not GPT-2's: its text cannot be "
+            "written; train with model.config.vocab_size=50304 on GPT-2 tokens"
+        )
+    prompt = get_tokenizer().encode_ordinary(text)
+    stream = TextStream()
+    for i in range(given.num_samples):
+        if given.num_samples > 1:
+            print(f"--- sample {i}")
+        print(text, end="", flush=True)
+        generate(
+            model,
+            [prompt],
+            given.max_new_tokens,
+            temperature=given.temperature,
+            top_k=given.top_k,
+            top_p=given.top_p,
+            seed=None if given.seed is None else given.seed + i,
+            on_token=lambda _, token: print(stream.feed(token), end="", flush=True),
+        )
+        print(stream.finish())
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

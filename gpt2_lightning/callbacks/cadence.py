@@ -1,0 +1,57 @@
+"""When to do something during training: after 0, N, 2N … optimizer steps and after the last one."""
+
+import time
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+
+def is_due(step: int, every_n_steps: int, max_steps: int) -> bool:
+    """Whether something that happens every N steps happens after ``step`` of them: at 0, N, 2N … and at the end."""
+    return every_n_steps > 0 and (step % every_n_steps == 0 or step == max_steps)
+
+
+def record(trainer: Trainer, values: dict[str, float], step: int) -> None:
+    """Writes ``values`` at ``step`` to all loggers, and where Lightning's callbacks that monitor a metric look."""
+    for logger in trainer.loggers:
+        logger.log_metrics(values, step)
+    trainer.callback_metrics.update(values)  # type: ignore[arg-type]
+
+
+class EveryNSteps(Callback):
+    """Calls ``run`` after 0, N, 2N … optimizer steps and after the last, once each, also across a resume. 0 = off."""
+
+    def __init__(self, every_n_steps: int) -> None:
+        if every_n_steps < 0:
+            raise ValueError(f"every_n_steps is {every_n_steps}: give a number of optimizer steps, or 0 for never")
+        self.every_n_steps = every_n_steps
+        self.last_step = -1
+        """The step count that ``run`` was last called at."""
+        self.seconds = 0.0
+        """Time spent in ``run``, which is not training time."""
+
+    def run(self, trainer: Trainer, module: LightningModule, step: int) -> None:
+        """What there is to do after ``step`` optimizer steps."""
+        raise NotImplementedError
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._run_if_due(trainer, pl_module)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._run_if_due(trainer, pl_module)
+
+    def _run_if_due(self, trainer: Trainer, module: LightningModule) -> None:
+        step = trainer.global_step
+        if step > self.last_step and is_due(step, self.every_n_steps, trainer.max_steps):
+            started = time.perf_counter()
+            self.last_step = step
+            self.run(trainer, module, step)
+            self.seconds += time.perf_counter() - started
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"last_step": self.last_step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.last_step = state_dict["last_step"]

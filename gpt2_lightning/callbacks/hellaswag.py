@@ -1,0 +1,64 @@
+"""HellaSwag during training, and at the end of ``gpt2 validate``."""
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+
+from gpt2_lightning.callbacks.cadence import EveryNSteps, record
+from gpt2_lightning.evals.hellaswag import Score, Style, evaluate, load_examples
+from gpt2_lightning.tokenizer import VOCAB_SIZE
+
+
+class HellaSwag(EveryNSteps):
+    """Logs ``hellaswag/acc`` and ``hellaswag/acc_norm`` of the plain model, the rows dealt out to the ranks.
+
+    Args:
+        every_n_steps: optimizer steps between two evaluations; 0 = off.
+        style: nanogpt (build-nanogpt's completion style) or harness (lm-evaluation-harness); they differ by 1.6 points.
+        path: HellaSwag's .jsonl file; null asks the Hugging Face hub, and uses the built-in questions where there is
+            none; ``builtin`` asks nobody.
+    """
+
+    def __init__(self, every_n_steps: int = 250, style: Style = "nanogpt", path: str | None = None) -> None:
+        super().__init__(every_n_steps)
+        self.style: Style = style
+        self.path = path
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if self.every_n_steps == 0:
+            return
+        if pl_module.model.config.vocab_size < VOCAB_SIZE:
+            pl_module.print(
+                f"HellaSwag is off: it needs GPT-2's BPE, and model.config.vocab_size="
+                f"{pl_module.model.config.vocab_size} is below {VOCAB_SIZE}"
+            )
+            self.every_n_steps = 0
+            return
+        self.examples = load_examples(self.path)
+        pl_module.print(f"HellaSwag: {self.examples.tag}")
+
+    def run(self, trainer: Trainer, module: LightningModule, step: int) -> None:
+        score = self.score(trainer, module)
+        record(trainer, {"hellaswag/acc": score.acc, "hellaswag/acc_norm": score.acc_norm}, step)
+        module.print(f"step {step:5d} | {self.describe(score)}")
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == TrainerFn.VALIDATING and self.every_n_steps > 0:
+            score = self.score(trainer, pl_module)
+            trainer.callback_metrics.update({"hellaswag/acc": score.acc, "hellaswag/acc_norm": score.acc_norm})  # type: ignore[dict-item]
+            pl_module.print(self.describe(score))
+
+    def score(self, trainer: Trainer, module: LightningModule) -> Score:
+        """The score over all ranks, added up as integers."""
+        with trainer.precision_plugin.val_step_context():
+            mine = evaluate(
+                module.model, self.examples, self.style, rank=trainer.global_rank, world_size=trainer.world_size
+            )
+        counts = torch.tensor([mine.n, mine.correct, mine.correct_norm], device=module.device)
+        return Score(*trainer.strategy.reduce(counts, reduce_op="sum").tolist())
+
+    def describe(self, score: Score) -> str:
+        return (
+            f"hellaswag/acc_norm {score.acc_norm:.4f} ± {score.stderr:.4f}, acc {score.acc:.4f} "
+            f"({self.style} style, {self.examples.tag})"
+        )

@@ -1,0 +1,77 @@
+"""What each optimizer step cost and gave, logged once a step: one device synchronisation, however many micro-batches."""
+
+import time
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from gpt2_lightning.callbacks.cadence import EveryNSteps, record
+
+PEAK_FLOPS = {
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA B200": 2250e12,
+}
+"""Dense bf16 FLOP/s by the beginning of the device's name (NVIDIA's data sheets; the first that fits counts)."""
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Dense bf16 peak of a device in FLOP/s, or None where it is not known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for prefix, peak in PEAK_FLOPS.items() if name.startswith(prefix)), None)
+
+
+class StepMetrics(Callback):
+    """Logs ``train/*`` of step s at x = s, as build-nanogpt numbers them, every ``trainer.log_every_n_steps`` steps.
+
+    ``train/loss`` is the mean over the step's micro-batches and ranks, ``train/grad_norm`` the norm before clipping,
+    ``train/lr`` the rate the step was made with, ``train/tokens`` all tokens trained on after it,
+    ``train/tokens_per_sec`` those of all devices per second since the last logged step, evaluation left out.
+    """
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.peak = peak_flops(pl_module.device)
+        self.logged_step = self.seen_step = trainer.global_step
+        self.logged_at = time.perf_counter()
+        self.pauses = self._pauses(trainer)
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        self.lr = optimizer.param_groups[0]["lr"]  # the scheduler moves on before the batch ends
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.global_step  # optimizer steps made, this one among them
+        if step == self.seen_step:
+            return  # inside an accumulation
+        self.seen_step = step
+        summed, pl_module.step_loss = pl_module.step_loss, torch.zeros_like(pl_module.step_loss)
+        if (step - 1) % trainer.log_every_n_steps != 0 and step != trainer.max_steps:
+            return
+        loss = trainer.strategy.reduce(summed / trainer.accumulate_grad_batches, reduce_op="mean").item()
+        now, pauses = time.perf_counter(), self._pauses(trainer)
+        tokens_per_step = trainer.datamodule.total_batch_tokens  # type: ignore[attr-defined]
+        seconds = now - self.logged_at - (pauses - self.pauses)
+        rate = (step - self.logged_step) * tokens_per_step / seconds
+        values = {
+            "train/loss": loss,
+            "train/grad_norm": float(pl_module.grad_norm),
+            "train/lr": float(self.lr),
+            "train/tokens": float(step * tokens_per_step),
+            "train/tokens_per_sec": rate,
+        }
+        if self.peak is not None:
+            values["train/mfu"] = rate * pl_module.model.flops_per_token() / (self.peak * trainer.world_size)
+        record(trainer, values, step - 1)
+        self.logged_step, self.logged_at, self.pauses = step, now, pauses
+
+    @staticmethod
+    def _pauses(trainer: Trainer) -> float:
+        return sum(c.seconds for c in trainer.callbacks if isinstance(c, EveryNSteps))  # type: ignore[attr-defined]

@@ -1,0 +1,29 @@
+"""Validation loss at a cadence of its own: Lightning's counts micro-batches and knows neither step 0 nor the last."""
+
+from lightning.pytorch import LightningModule, Trainer
+
+from gpt2_lightning.callbacks.cadence import EveryNSteps, record
+
+
+class ValidationLoss(EveryNSteps):
+    """Logs ``val/loss``, nats per token, by Lightning's own validation loop.
+
+    Args:
+        every_n_steps: optimizer steps between two of them; 0 = off.
+        tokens: how many tokens of the validation split it is measured on, over all devices (at most what is there).
+    """
+
+    def __init__(self, every_n_steps: int = 250, tokens: int = 10485760) -> None:
+        super().__init__(every_n_steps)
+        self.tokens = tokens
+
+    def run(self, trainer: Trainer, module: LightningModule, step: int) -> None:
+        connector = trainer._logger_connector
+        first_loop_iter = connector._first_loop_iter  # these five lines are Lightning's own around the same call
+        trainer.validating = True
+        trainer.fit_loop.epoch_loop.val_loop.run()
+        trainer.training = True
+        connector._first_loop_iter = first_loop_iter
+        loss = trainer.callback_metrics["val/loss"].item()
+        record(trainer, {"val/loss": loss}, step)
+        module.print(f"step {step:5d} | val/loss {loss:.4f}")

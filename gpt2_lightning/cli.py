@@ -1,0 +1,155 @@
+"""``gpt2 fit`` and ``gpt2 validate``: LightningCLI over our module, data and callbacks. Wiring, nothing else."""
+
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from gpt2_lightning.callbacks.checkpoint import AtomicCheckpointIO, StepCheckpoint
+from gpt2_lightning.callbacks.hellaswag import HellaSwag
+from gpt2_lightning.callbacks.log_txt import LogTxt
+from gpt2_lightning.callbacks.metrics import StepMetrics
+from gpt2_lightning.callbacks.progress import StepProgressBar
+from gpt2_lightning.callbacks.samples import Samples
+from gpt2_lightning.callbacks.validation import ValidationLoss
+from gpt2_lightning.data.datamodule import TokenDataModule
+from gpt2_lightning.module import GPTModule
+
+TRAINER_DEFAULTS: dict[str, Any] = {
+    "gradient_clip_val": 1.0,
+    "log_every_n_steps": 1,
+    "check_val_every_n_epoch": 2**31,  # never: ValidationLoss counts optimizer steps, Lightning micro-batches
+    "num_sanity_val_steps": 0,
+    "use_distributed_sampler": False,  # the batch samplers deal out to the ranks themselves, and pad nothing
+    "enable_model_summary": False,
+}
+
+
+class Parser(LightningArgumentParser):
+    """jsonargparse whose usage errors are one line of usage and one sentence."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:  # type: ignore[override]
+        print("usage: gpt2 fit|validate --config FILE [--trainer.… --model.… --data.…]", file=sys.stderr)
+        print(f"gpt2: error: {' '.join(message.split())}", file=sys.stderr)
+        raise SystemExit(2)
+
+
+class SaveConfig(SaveConfigCallback):
+    """The resolved config of each start, into the run's folder: config.yaml, config_1.yaml, …"""
+
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        if stage != "fit" or not trainer.is_global_zero:
+            return
+        folder = Path(trainer.default_root_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        number = len(list(folder.glob("config*.yaml")))
+        name = f"config_{number}.yaml" if number else "config.yaml"
+        self.parser.save(self.config, str(folder / name), skip_none=False, skip_validation=True, overwrite=True)
+
+
+class CLI(LightningCLI):
+    """Adds to LightningCLI the callbacks' sections, the run's folder, and resuming."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        commands = LightningCLI.subcommands()
+        return {name: commands[name] for name in ("fit", "validate")}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_lightning_class_args(ValidationLoss, "validation")
+        parser.add_lightning_class_args(HellaSwag, "hellaswag")
+        parser.add_lightning_class_args(Samples, "samples")
+        parser.add_lightning_class_args(StepCheckpoint, "checkpoint")
+        parser.link_arguments("validation.tokens", "data.validation_tokens")
+        parser.add_argument("--run_dir", type=str | None, help="folder of the run (default: runs/<the config's name>)")
+        parser.add_argument(
+            "--resume",
+            type=Literal["auto", "must", "never"],
+            default="auto",
+            help="go on from run_dir/checkpoints/last.ckpt: if it is there, only if it is there, or not at all",
+        )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        self.config = parser.parse_args(args)
+
+    def _parse_ckpt_path(self) -> None:
+        """A checkpoint's hyper-parameters never overrule what the user typed."""
+
+    def before_instantiate_classes(self) -> None:
+        config = self.config[self.subcommand]
+        if config.run_dir is None:
+            config.run_dir = str(Path("runs") / Path(str(config.config[-1])).stem)
+        self.run_dir = Path(config.run_dir)
+        if self.subcommand != "fit":
+            return
+        if config.trainer.max_steps < 1:
+            raise ValueError("trainer.max_steps is not set: give the number of optimizer steps of the whole run")
+        last = self.run_dir / "checkpoints" / "last.ckpt"
+        if config.resume == "never" and last.exists():
+            raise ValueError(f"{last} exists and resume is never: choose another run_dir, or --resume auto to go on")
+        if config.resume == "must" and not last.exists():
+            raise ValueError(f"{last} does not exist and resume is must: check run_dir, or --resume auto to start")
+        if config.resume != "never" and config.ckpt_path is None and last.exists():
+            config.ckpt_path = str(last)
+
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
+        fit = self.subcommand == "fit"
+        if config["logger"] in (None, True):
+            # one folder for all starts of a run, whose events TensorBoard reads as one line
+            events = TensorBoardLogger(self.run_dir.parent, name=self.run_dir.name, version="")
+            config["logger"] = [events, LogTxt(self.run_dir)] if fit else False
+        config["default_root_dir"] = str(self.run_dir)
+        config["plugins"] = [*(config["plugins"] or []), AtomicCheckpointIO()]
+        if not fit:
+            return super()._instantiate_trainer(config, callbacks)
+        return super()._instantiate_trainer(config, [StepMetrics(), StepProgressBar(), *callbacks])
+
+    def fit(self, model: GPTModule, **kwargs: Any) -> None:
+        shape = ", ".join(f"{name}={value}" for name, value in model.hparams["config"].items())
+        print(f"model: {model.model.num_parameters():,} parameters ({shape})")
+        if kwargs["ckpt_path"] is not None:
+            print(f"resuming from {kwargs['ckpt_path']}")
+        self.trainer.fit(model, **kwargs)
+        last = self.run_dir / "checkpoints" / "last.ckpt"
+        if self.trainer.is_global_zero and last.exists():
+            print(f"\n{self.trainer.global_step} steps done; checkpoint: {last}")
+            print(f'next: gpt2 generate {last} --prompt "{self.config.fit.samples.prompt}"')
+
+    def validate(self, model: GPTModule, **kwargs: Any) -> None:
+        self.trainer.validate(model, verbose=False, **kwargs)
+        loss = self.trainer.callback_metrics["val/loss"]
+        model.print(f"val/loss {loss:.4f}")
+
+
+def run(args: list[str]) -> None:
+    """Runs ``fit …`` or ``validate …``."""
+    if "--config" not in args and "-c" not in args and not {"-h", "--help", "--print_config"} & set(args):
+        recipes = sorted(str(path) for path in Path("configs").glob("*.yaml"))
+        print(f"usage: gpt2 {args[0]} --config FILE [--trainer.… --model.… --data.…]", file=sys.stderr)
+        print(f"gpt2 {args[0]}: error: no --config: the recipes are {', '.join(recipes) or 'not here'}", file=sys.stderr)
+        raise SystemExit(2)
+    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # of what Lightning calls
+    for name in ("lightning.pytorch", "lightning.fabric"):  # tips and the like: what a run is, it says itself
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", ".*does not have many workers.*")  # a micro-batch is read in less than a millisecond
+    warnings.filterwarnings("ignore", ".*your dataloader is not resumable.*")  # it is: it starts at global_step
+    if torch.cuda.is_available():
+        torch.set_float32_matmul_precision("high")  # TF32, as in the video; bf16-mixed does not care
+    CLI(
+        GPTModule,
+        TokenDataModule,
+        save_config_callback=SaveConfig,
+        trainer_defaults=TRAINER_DEFAULTS,
+        seed_everything_default=1337,
+        parser_kwargs={"parser_mode": "yaml"},
+        parser_class=Parser,
+        args=args,
+        auto_configure_optimizers=False,
+    )

@@ -1,0 +1,116 @@
+"""The training step around the network: loss, compile, optimizer set-up. When to evaluate and log is the callbacks'."""
+
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor
+from torchmetrics import MeanMetric
+
+from gpt2_lightning.loss import linear_cross_entropy
+from gpt2_lightning.model import GPT, GPTConfig
+from gpt2_lightning.optim import AdamW, decay_groups
+from gpt2_lightning.schedule import WarmupCosine
+from gpt2_lightning.weights import load
+
+CHUNK_LOGITS = 256 * 50304
+"""Logits held at once by the chunked loss: 51 MB in fp32, where a 2-core CPU was fastest (d=128, 2,048 tokens)."""
+
+
+class GPTModule(LightningModule):
+    """GPT-2 in training. Batches are (micro_batch_size, block_size + 1) token ids of any integer type.
+
+    Args:
+        config: the shape; null takes that of ``init_from``, or GPT-2 (124M) without it.
+        init_from: weights to start from, by whatever ``load`` opens: gpt2, gpt2-medium, gpt2-large, gpt2-xl, a
+            checkpoint, an exported folder. A ``config`` that is typed as well has to agree with theirs.
+        optimizer: a class and its arguments. Biases and LayerNorms are never decayed, whatever its ``weight_decay``.
+        lr_scheduler: a class and its arguments, stepped once per optimizer step; a ``max_steps`` of null among them
+            becomes ``trainer.max_steps``.
+        compile: torch.compile the training step: auto does so on CUDA.
+        chunked_loss: never hold the whole logits (see ``loss.py``): auto does so on a CPU, where it is faster; on a
+            small GPU it saves memory.
+    """
+
+    def __init__(
+        self,
+        config: GPTConfig | None = None,
+        init_from: str | None = None,
+        optimizer: OptimizerCallable = lambda params: AdamW(params),
+        lr_scheduler: LRSchedulerCallable = lambda optimizer: WarmupCosine(optimizer),
+        compile: Literal["auto"] | bool = "auto",
+        chunked_loss: Literal["auto"] | bool = "auto",
+    ) -> None:
+        super().__init__()
+        self.model = GPT(config or GPTConfig()) if init_from is None else load(init_from).train()
+        if config is not None and config != self.model.config:
+            typed, loaded = asdict(config), asdict(self.model.config)
+            differences = ", ".join(f"{k}={typed[k]} (theirs: {loaded[k]})" for k in typed if typed[k] != loaded[k])
+            raise ValueError(
+                f"model.config differs from the weights of init_from={init_from}: {differences}; "
+                "set model.config to null to take the weights' own shape"
+            )
+        self.save_hyperparameters({"config": asdict(self.model.config)})
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.compile_mode = compile
+        self.chunked_loss = chunked_loss
+        self.val_loss = MeanMetric()
+        self.step_loss = torch.zeros(())  # sum over the micro-batches of the step so far, on this rank
+        self.grad_norm = torch.zeros(())  # of the last step, before clipping
+
+    def setup(self, stage: str) -> None:
+        device_type = self.trainer.strategy.root_device.type
+        chunked = device_type == "cpu" if self.chunked_loss == "auto" else self.chunked_loss
+        self.chunk_tokens = max(1, CHUNK_LOGITS // self.model.config.vocab_size) if chunked else None
+        compiled = (
+            device_type == "cuda" and sys.platform != "win32" if self.compile_mode == "auto" else self.compile_mode
+        )
+        # a handle beside the module, not the module itself: keys, evaluation and sampling stay those of the plain model
+        self.next_token_loss: Callable[[Tensor], Tensor] = (
+            torch.compile(self._next_token_loss, dynamic=False) if compiled else self._next_token_loss
+        )
+
+    def _next_token_loss(self, ids: Tensor) -> Tensor:
+        """Mean cross-entropy of ids (B, T+1) int64, each predicted from those before it in its row."""
+        hidden = self.model.hidden(ids[:, :-1])  # (B, T, C)
+        return linear_cross_entropy(
+            hidden.flatten(0, 1), self.model.lm_head.weight, ids[:, 1:].flatten(), self.chunk_tokens
+        )
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        loss = self.next_token_loss(batch.long())
+        self.step_loss = self.step_loss.to(loss.device) + loss.detach()
+        return loss
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        loss = self.next_token_loss(batch.long())
+        self.val_loss.update(loss, weight=batch[:, 1:].numel())
+        self.log("val/loss", self.val_loss, on_step=False, on_epoch=True, logger=False)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clips by the global norm of all gradients, and keeps the norm they had before. 0 or null only measures it."""
+        self.grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val or float("inf"))
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        try:
+            optimizer = self.optimizer(decay_groups(self.named_parameters()))
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"model.optimizer cannot take GPT-2's parameter groups ({error}): choose a class that accepts groups, "
+                "each with its own weight_decay, such as torch.optim.AdamW"
+            ) from error
+        scheduler: Any = self.lr_scheduler(optimizer)
+        if getattr(scheduler, "max_steps", 0) is None:
+            scheduler.max_steps = self.trainer.max_steps
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

@@ -1,0 +1,76 @@
+"""What several tests need: tiny shards, a tiny recipe, a run's logged numbers."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+
+@pytest.fixture(autouse=True)
+def _somewhere_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each test runs in a folder of its own, offline, as a user would who has no hub."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture
+def make_shards(tmp_path: Path) -> Callable[..., Path]:
+    """A folder with build-nanogpt's shards of random tokens below ``vocab_size``, or of the tokens given."""
+
+    def make(train: Any = 20_000, val: Any = 2_000, vocab_size: int = 64, name: str = "shards") -> Path:
+        rng = np.random.default_rng(0)
+        root = tmp_path / name
+        root.mkdir()
+        for split, number, tokens in (("val", 0, val), ("train", 1, train)):
+            if isinstance(tokens, int):
+                tokens = rng.integers(0, vocab_size, tokens)
+            np.save(root / f"tiny_{split}_{number:06d}.npy", np.asarray(tokens, dtype=np.uint16))
+        return root
+
+    return make
+
+
+@pytest.fixture
+def write_recipe(tmp_path: Path) -> Callable[..., Path]:
+    """A recipe file: a tiny model on ``root``, with ``changes`` merged in section by section."""
+
+    def write(root: Path, name: str = "tiny", **changes: Any) -> Path:
+        recipe: dict[str, Any] = {
+            "trainer": {"max_steps": 6, "accelerator": "cpu"},
+            "model": {
+                "config": {"block_size": 16, "vocab_size": 64, "n_layer": 2, "n_head": 2, "n_embd": 16},
+                "optimizer": {"class_path": "gpt2_lightning.optim.AdamW", "init_args": {"lr": 3e-3}},
+                "lr_scheduler": {
+                    "class_path": "gpt2_lightning.schedule.WarmupCosine",
+                    "init_args": {"warmup_steps": 2, "min_lr": 3e-4},
+                },
+            },
+            "data": {"root": str(root), "source": None, "total_batch_tokens": 128, "micro_batch_size": 4},
+            "validation": {"every_n_steps": 3, "tokens": 512},
+            "hellaswag": {"every_n_steps": 0},
+            "samples": {"every_n_steps": 0},
+            "checkpoint": {"every_n_steps": 3},
+            "run_dir": str(tmp_path / "run"),
+        }
+        for section, values in changes.items():
+            recipe[section] = recipe[section] | values if isinstance(values, dict) else values
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(recipe))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def read_scalars() -> Callable[[Path], dict[str, dict[int, float]]]:
+    """Everything a run logged to TensorBoard: tag → step → value."""
+
+    def read(run_dir: Path) -> dict[str, dict[int, float]]:
+        events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
+        return {tag: {e.step: e.value for e in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
+
+    return read

@@ -1,0 +1,55 @@
+"""The chunked loss is the plain one: same value, same gradients, in fp32 and under bf16 autocast."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from gpt2_lightning.loss import linear_cross_entropy
+
+
+def _inputs(N=37, C=16, V=203, scale=1.0):
+    torch.manual_seed(0)
+    hidden = (scale * torch.randn(N, C)).requires_grad_()
+    weight = torch.randn(V, C).requires_grad_()
+    return hidden, weight, torch.randint(0, V, (N,))
+
+
+def _gradients(loss, *inputs):
+    return loss.detach(), *torch.autograd.grad(loss, inputs)
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 8, 37, 1000])
+@pytest.mark.parametrize("scale", [0.01, 1.0, 30.0])  # 30: logits of several hundred, which overflow exp
+def test_chunked_equals_plain_in_fp32(chunk_tokens, scale):
+    hidden, weight, targets = _inputs(scale=scale)
+    plain = _gradients(F.cross_entropy(F.linear(hidden, weight), targets), hidden, weight)
+    chunked = _gradients(linear_cross_entropy(hidden, weight, targets, chunk_tokens), hidden, weight)
+    for a, b in zip(plain, chunked, strict=True):
+        assert (b - a).norm() <= 1e-5 * a.norm()
+
+
+def test_chunked_under_bf16_autocast_is_as_close_to_fp32_as_the_plain_one():
+    hidden, weight, targets = _inputs(N=512)
+    exact = _gradients(F.cross_entropy(F.linear(hidden, weight), targets), hidden, weight)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        plain = _gradients(F.cross_entropy(F.linear(hidden, weight), targets), hidden, weight)
+        chunked = _gradients(linear_cross_entropy(hidden, weight, targets, 100), hidden, weight)
+    for e, p, c in zip(exact, plain, chunked, strict=True):
+        assert c.dtype == torch.float32
+        assert 0 < (p - e).norm() < 0.02 * e.norm()  # bf16 it is
+        assert (c - e).norm() < 1.2 * (p - e).norm() + 1e-6 * e.norm()
+
+
+def test_gradient_is_scaled_by_what_comes_from_above():
+    hidden, weight, targets = _inputs()
+    once = torch.autograd.grad(linear_cross_entropy(hidden, weight, targets, 8), (hidden, weight))
+    quarter = torch.autograd.grad(linear_cross_entropy(hidden, weight, targets, 8) / 4, (hidden, weight))
+    for a, b in zip(once, quarter, strict=True):
+        torch.testing.assert_close(b, a / 4)
+
+
+def test_without_gradients_the_loss_is_the_same():
+    hidden, weight, targets = _inputs()
+    with torch.no_grad():
+        plain = F.cross_entropy(F.linear(hidden, weight), targets)
+        torch.testing.assert_close(linear_cross_entropy(hidden, weight, targets, 8), plain)

@@ -1,0 +1,91 @@
+"""The network: equal to HF's GPT-2, causal, tied, initialised as published."""
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from gpt2_lightning.model import GPT, GPTConfig
+
+TINY = GPTConfig(block_size=24, vocab_size=101, n_layer=3, n_head=4, n_embd=32)
+
+
+@pytest.fixture
+def model() -> GPT:
+    torch.manual_seed(0)
+    return GPT(TINY)
+
+
+def test_no_logit_depends_on_a_later_token(model):
+    idx = torch.randint(0, 101, (2, 24))
+    changed = idx.clone()
+    changed[:, 10] = (idx[:, 10] + 1) % 101
+    with torch.no_grad():
+        before, after = model(idx), model(changed)
+    assert torch.equal(before[:, :10], after[:, :10])
+    assert (before[:, 10:] != after[:, 10:]).any(dim=-1).all()  # and each from there on does
+
+
+def test_head_and_embedding_are_one_parameter(model):
+    assert model.lm_head.weight is model.transformer["wte"].weight
+    names = [name for name, _ in model.named_parameters()]
+    assert "lm_head.weight" not in names
+    assert model.num_parameters() == sum(p.numel() for p in model.parameters())
+    model(torch.zeros(1, 1, dtype=torch.long)).sum().backward()
+    # the head's part of the gradient reaches rows whose token never came in
+    assert model.transformer["wte"].weight.grad[1:].abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    ("n_layer", "n_head", "n_embd", "parameters"),
+    [(12, 12, 768, 124439808), (24, 16, 1024, 354823168), (36, 20, 1280, 774030080), (48, 25, 1600, 1557611200)],
+)
+def test_parameter_counts_of_the_four_published_sizes(n_layer, n_head, n_embd, parameters):
+    with torch.device("meta"):
+        model = GPT(GPTConfig(1024, 50257, n_layer, n_head, n_embd))
+    assert model.num_parameters() == parameters
+
+
+def test_initialisation_has_gpt2s_statistics():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=256, vocab_size=512, n_layer=8, n_head=4, n_embd=256))
+    residual = 0.02 / math.sqrt(2 * 8)
+    for name, p in model.named_parameters():
+        if name.endswith("bias"):
+            assert (p == 0).all(), name
+        elif "ln_" in name:
+            assert (p == 1).all(), name
+        else:
+            expected = residual if name.endswith("c_proj.weight") else 0.02
+            assert p.std().item() == pytest.approx(expected, rel=0.02), name
+            assert abs(p.mean().item()) < 0.02 * expected, name
+
+
+def test_first_loss_is_that_of_a_uniform_guess(model):
+    idx = torch.randint(0, 101, (8, 25))
+    loss = F.cross_entropy(model(idx[:, :-1]).flatten(0, 1), idx[:, 1:].flatten())
+    assert loss.item() == pytest.approx(math.log(101), abs=0.05)
+
+
+def test_flops_of_gpt2_124m_are_798m_per_token():
+    with torch.device("meta"):
+        assert GPT(GPTConfig()).flops_per_token() == 798_031_872
+
+
+@pytest.mark.parametrize(
+    ("shape", "sentence"),
+    [
+        ({"n_head": 5, "n_embd": 32}, "n_head=5 does not divide n_embd=32: set n_head to one of [1, 2, 4, 8]"),
+        ({"n_layer": 0}, "n_layer is 0: give a whole number of at least 1"),
+    ],
+)
+def test_impossible_shapes_are_refused(shape, sentence):
+    with pytest.raises(ValueError) as error:
+        GPTConfig(**shape)
+    assert sentence in str(error.value)
+
+
+def test_a_sequence_longer_than_the_context_is_refused(model):
+    with pytest.raises(ValueError, match="a sequence of 25 tokens does not fit block_size=24"):
+        model(torch.zeros(1, 25, dtype=torch.long))
