@@ -13,6 +13,8 @@ COMMANDS = {
     "validate": "validation loss and HellaSwag of a checkpoint: --config … --ckpt_path …",
     "prepare": "documents to token shards",
     "generate": "continue a prompt",
+    "hellaswag": "score a model on HellaSwag",
+    "export": "write weights for transformers, or for llm.c",
 }
 
 
@@ -39,7 +41,14 @@ def main(args: Sequence[str] | None = None) -> int:
     if command not in COMMANDS:
         print(f"usage: gpt2 COMMAND [options]\ngpt2: error: no command {command!r}: choose from {', '.join(COMMANDS)}", file=sys.stderr)  # fmt: skip
         return 2
-    run = {"fit": _lightning, "validate": _lightning, "prepare": _prepare, "generate": _generate}[command]
+    run = {
+        "fit": _lightning,
+        "validate": _lightning,
+        "prepare": _prepare,
+        "generate": _generate,
+        "hellaswag": _hellaswag,
+        "export": _export,
+    }[command]
     try:
         run(args)
     except SystemExit as stop:
@@ -57,14 +66,16 @@ def main(args: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _sentence(error: Exception) -> str | None:
+def _sentence(error: BaseException | None) -> str | None:
     """What to tell a user; None for what is a defect of ours, which keeps its traceback."""
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
-    frames = traceback.extract_tb(error.__traceback__)
-    ours = Path(frames[-1].filename).is_relative_to(Path(__file__).parent)
-    if type(error).__name__ == "MisconfigurationException" or (ours and isinstance(error, ValueError | OSError)):
-        return " ".join(str(error).split())
+    while error is not None:
+        if isinstance(error, OSError) and error.filename is not None:
+            return f"{error.filename}: {error.strerror}"
+        innermost = traceback.extract_tb(error.__traceback__)[-1:]
+        ours = any(Path(frame.filename).is_relative_to(Path(__file__).parent) for frame in innermost)
+        if type(error).__name__ == "MisconfigurationException" or (ours and isinstance(error, ValueError | OSError)):
+            return " ".join(str(error).split())
+        error = error.__cause__  # what a library wraps into an error of its own
     return None
 
 
@@ -116,13 +127,13 @@ def _generate(args: list[str]) -> None:
     given = parser.parse_args(args[1:])
     from gpt2_lightning.generate import TextStream, generate
     from gpt2_lightning.tokenizer import VOCAB_SIZE, get_tokenizer
-    from gpt2_lightning.weights import best_device, load
+    from gpt2_lightning.weights import load
 
     try:
         text = sys.stdin.buffer.read().decode() if given.prompt is None else given.prompt.encode().decode()
     except UnicodeError:
         parser.error("the prompt is not UTF-8 text")
-    model = load(given.path).to(best_device())
+    model = load(given.path).to(_device())
     if model.config.vocab_size < VOCAB_SIZE:
         raise ValueError(
             f"{given.path} has a vocabulary of {model.config.vocab_size} ids, which is not GPT-2's: its text cannot be "
@@ -145,6 +156,49 @@ def _generate(args: list[str]) -> None:
             on_token=lambda _, token: print(stream.feed(token), end="", flush=True),
         )
         print(stream.finish())
+
+
+def _hellaswag(args: list[str]) -> None:
+    parser = Parser(prog="gpt2 hellaswag", description="Score a model on HellaSwag.")
+    parser.add_argument("path", metavar="PATH", help="checkpoint, exported folder, or hub name such as gpt2")
+    parser.add_argument("--style", choices=("nanogpt", "harness"), default="nanogpt", help="whose rules (default: nanogpt)")
+    parser.add_argument("--examples", metavar="FILE", help="HellaSwag's .jsonl (default: the hub's, else the built-in set)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    given = parser.parse_args(args[1:])
+    import json
+
+    from gpt2_lightning.evals.hellaswag import evaluate, load_examples
+    from gpt2_lightning.weights import load
+
+    examples = load_examples(given.examples)
+    score = evaluate(load(given.path).to(_device()), examples, given.style, progress=not given.json)
+    if given.json:
+        figures = {"n": score.n, "acc": score.acc, "acc_norm": score.acc_norm, "stderr": score.stderr}
+        print(json.dumps(figures | {"style": given.style, "examples": examples.tag}))
+    else:
+        print(f"{given.path} on {examples.tag}, {given.style} style: {score}")
+
+
+def _export(args: list[str]) -> None:
+    parser = Parser(prog="gpt2 export", description="Write weights for others to open.")
+    parser.add_argument("checkpoint", metavar="CKPT", help="checkpoint, exported folder, or hub name such as gpt2")
+    parser.add_argument("out", metavar="OUT", help="folder (hf) or file (llmc) to write")
+    parser.add_argument("--format", choices=("hf", "llmc"), default="hf", help="for transformers or llm.c (default: hf)")
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the weights (default: fp32)")
+    given = parser.parse_args(args[1:])
+    from gpt2_lightning.weights import export
+
+    export(given.checkpoint, given.out, given.format, given.dtype)
+    print(f"wrote {given.out}")
+
+
+def _device() -> str:
+    """The best device at hand: cuda, mps or cpu."""
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 if __name__ == "__main__":

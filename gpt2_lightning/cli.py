@@ -87,7 +87,9 @@ class CLI(LightningCLI):
         if config.run_dir is None:
             config.run_dir = str(Path("runs") / Path(str(config.config[-1])).stem)
         self.run_dir = Path(config.run_dir)
-        if self.subcommand != "fit":
+        if self.subcommand == "validate":
+            if config.ckpt_path is not None:  # one door to weights: whatever `load` opens
+                config.model.init_from, config.ckpt_path = config.ckpt_path, None
             return
         if config.trainer.max_steps < 1:
             raise ValueError("trainer.max_steps is not set: give the number of optimizer steps of the whole run")
@@ -103,7 +105,7 @@ class CLI(LightningCLI):
         fit = self.subcommand == "fit"
         if config["logger"] in (None, True):
             # one folder for all starts of a run, whose events TensorBoard reads as one line
-            events = TensorBoardLogger(self.run_dir.parent, name=self.run_dir.name, version="")
+            events = TensorBoardLogger(self.run_dir.parent, name=self.run_dir.name, version="", default_hp_metric=False)
             config["logger"] = [events, LogTxt(self.run_dir)] if fit else False
         config["default_root_dir"] = str(self.run_dir)
         config["plugins"] = [*(config["plugins"] or []), AtomicCheckpointIO()]
@@ -123,9 +125,7 @@ class CLI(LightningCLI):
             print(f'next: gpt2 generate {last} --prompt "{self.config.fit.samples.prompt}"')
 
     def validate(self, model: GPTModule, **kwargs: Any) -> None:
-        self.trainer.validate(model, verbose=False, **kwargs)
-        loss = self.trainer.callback_metrics["val/loss"]
-        model.print(f"val/loss {loss:.4f}")
+        self.trainer.validate(model, **kwargs | {"verbose": False})
 
 
 def run(args: list[str]) -> None:
@@ -139,6 +139,7 @@ def run(args: list[str]) -> None:
     for name in ("lightning.pytorch", "lightning.fabric"):  # tips and the like: what a run is, it says itself
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", ".*does not have many workers.*")  # a micro-batch is read in less than a millisecond
+    warnings.filterwarnings("ignore", ".*LeafSpec.*")  # Lightning against torch 2.13
     warnings.filterwarnings("ignore", ".*your dataloader is not resumable.*")  # it is: it starts at global_step
     if torch.cuda.is_available():
         torch.set_float32_matmul_precision("high")  # TF32, as in the video; bf16-mixed does not care

@@ -49,10 +49,9 @@ class GPTModule(LightningModule):
         super().__init__()
         self.model = GPT(config or GPTConfig()) if init_from is None else load(init_from).train()
         if config is not None and config != self.model.config:
-            typed, loaded = asdict(config), asdict(self.model.config)
-            differences = ", ".join(f"{k}={typed[k]} (theirs: {loaded[k]})" for k in typed if typed[k] != loaded[k])
             raise ValueError(
-                f"model.config differs from the weights of init_from={init_from}: {differences}; "
+                f"model.config differs from the weights of {init_from}: "
+                f"{_differences(asdict(config), asdict(self.model.config))}; "
                 "set model.config to null to take the weights' own shape"
             )
         self.save_hyperparameters({"config": asdict(self.model.config)})
@@ -75,6 +74,14 @@ class GPTModule(LightningModule):
         self.next_token_loss: Callable[[Tensor], Tensor] = (
             torch.compile(self._next_token_loss, dynamic=False) if compiled else self._next_token_loss
         )
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        differences = _differences(self.hparams["config"], checkpoint["hyper_parameters"]["config"])
+        if differences:
+            raise ValueError(
+                f"model.config differs from the checkpoint to resume from: {differences}; give the shape it was trained "
+                "with, or another run_dir to start anew"
+            )
 
     def _next_token_loss(self, ids: Tensor) -> Tensor:
         """Mean cross-entropy of ids (B, T+1) int64, each predicted from those before it in its row."""
@@ -114,3 +121,8 @@ class GPTModule(LightningModule):
         if getattr(scheduler, "max_steps", 0) is None:
             scheduler.max_steps = self.trainer.max_steps
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def _differences(ours: dict[str, int], theirs: dict[str, int]) -> str:
+    """``n_embd=32 (theirs: 16)``, or nothing for equal shapes."""
+    return ", ".join(f"{name}={ours[name]} (theirs: {theirs[name]})" for name in ours if ours[name] != theirs[name])

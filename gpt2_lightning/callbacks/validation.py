@@ -1,6 +1,7 @@
 """Validation loss at a cadence of its own: Lightning's counts micro-batches and knows neither step 0 nor the last."""
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 
 from gpt2_lightning.callbacks.cadence import EveryNSteps, record
 
@@ -27,3 +28,7 @@ class ValidationLoss(EveryNSteps):
         loss = trainer.callback_metrics["val/loss"].item()
         record(trainer, {"val/loss": loss}, step)
         module.print(f"step {step:5d} | val/loss {loss:.4f}")
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == TrainerFn.VALIDATING:  # `gpt2 validate`
+            pl_module.print(f"val/loss {trainer.callback_metrics['val/loss']:.4f}")

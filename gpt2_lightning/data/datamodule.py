@@ -1,6 +1,8 @@
 """Shards on disk to micro-batches on the device, in the order that ``order.py`` fixes."""
 
+import hashlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from gpt2_lightning.data.order import EvalBatchSampler, Order, StepBatchSampler, windows_of
 from gpt2_lightning.data.prepare import prepare
-from gpt2_lightning.data.shards import TokenStream, check_sizes, list_shards, read_manifest
+from gpt2_lightning.data.shards import TokenStream, check_sizes, list_shards, open_shard, read_manifest
 
 
 class WindowDataset(Dataset[Tensor]):
@@ -26,8 +28,31 @@ class WindowDataset(Dataset[Tensor]):
         ends = np.minimum(-(-np.cumsum(self.stream.lengths) // block_size), self.n_windows)
         self.shard_windows: list[int] = np.diff(ends, prepend=0).tolist()  # windows that begin in each shard
 
+        self._check_ids()
+
     def __len__(self) -> int:
         return self.n_windows
+
+    def _check_ids(self) -> None:
+        """Every id of small data, the first million of each shard of large data: a look, not a minute, at start."""
+        every = len(self.stream) <= 100_000_000
+        for path, length in zip(self.stream.paths, self.stream.lengths, strict=True):
+            self._require_ids(open_shard(path)[: length if every else 1_000_000], path)
+
+    def _require_ids(self, tokens: np.ndarray, where: Path) -> None:
+        highest = int(tokens.max(initial=0))
+        if highest >= self.vocab_size:
+            raise ValueError(
+                f"token id {highest} in {where} is not below model.config.vocab_size={self.vocab_size}: "
+                f"set vocab_size to at least {highest + 1}, or choose data that fits"
+            )
+
+    def fingerprint(self) -> str:
+        """A hash of the shards' names, lengths and first pages: the same data, wherever the folder lies."""
+        sha = hashlib.sha256()
+        for path, length in zip(self.stream.paths, self.stream.lengths, strict=True):
+            sha.update(f"{path.name} {length}\n".encode() + open_shard(path)[:2048].tobytes())
+        return sha.hexdigest()
 
     def __getitem__(self, sample: int) -> Tensor:
         return self.__getitems__([sample])[0]
@@ -35,11 +60,7 @@ class WindowDataset(Dataset[Tensor]):
     def __getitems__(self, samples: list[int]) -> Tensor:
         windows = windows_of(np.asarray(samples), self.shard_windows, self.order, self.seed)
         tokens = self.stream.windows(windows * self.block_size, self.block_size + 1)
-        if tokens.max() >= self.vocab_size:
-            raise ValueError(
-                f"token id {tokens.max()} in {self.stream.paths[0].parent} is not below model.config.vocab_size="
-                f"{self.vocab_size}: set vocab_size to at least {tokens.max() + 1}, or choose the data that fits"
-            )
+        self._require_ids(tokens, self.stream.paths[0].parent)
         return torch.from_numpy(tokens)
 
 
@@ -124,6 +145,25 @@ class TokenDataModule(LightningDataModule):
             f"{self.trainer.max_steps / steps_per_epoch:.2f} epochs in {self.trainer.max_steps:,} steps), "
             f"{len(self.val.stream):,} to validate on"
         )
+
+    def state_dict(self) -> dict[str, Any]:
+        """What decides which tokens a step sees: a run that goes on has to find it as it was."""
+        return {
+            "block_size": self.train.block_size,
+            "total_batch_tokens": self.total_batch_tokens,
+            "order": self.order,
+            "seed": self.seed,
+            "shards": self.train.fingerprint(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        for name, now in self.state_dict().items():
+            if state_dict[name] != now:
+                what = f"other shards than those in {self.root}" if name == "shards" else f"{name}={state_dict[name]}"
+                raise ValueError(
+                    f"the checkpoint to resume from was trained with {what}"
+                    f"{'' if name == 'shards' else f', not {now}'}: give what it was trained with, or another run_dir"
+                )
 
     def train_dataloader(self) -> DataLoader[Tensor]:
         assert self.trainer is not None

@@ -1,0 +1,176 @@
+"""Bad input: one clear sentence with the mend in it, an exit code that is not 0, no traceback, nothing lost."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from gpt2_lightning.__main__ import main
+
+
+@pytest.fixture
+def refused(capsys):
+    """Runs ``gpt2 ARGS``, which has to fail with one sentence that holds all of ``parts``."""
+
+    def run(args: list[str], *parts: str, code: int = 1) -> None:
+        capsys.readouterr()
+        assert main([str(a) for a in args]) == code
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert "Traceback" not in "".join(lines)
+        assert lines[-1].startswith("gpt2") and ": error: " in lines[-1], lines
+        for part in parts:
+            assert part in lines[-1]
+        if code == 2:
+            assert len(lines) == 2 and lines[0].startswith("usage: gpt2"), lines
+
+    return run
+
+
+def test_usage_errors_are_one_line_of_usage_and_one_sentence(refused, write_recipe, make_shards):
+    recipe = write_recipe(make_shards())
+    refused(["nonsense"], "no command 'nonsense'", "fit, validate, prepare", code=2)
+    refused(["fit"], "no --config", code=2)
+    refused(["fit", "--config", "absent.yaml"], "absent.yaml", "does not exist", code=2)
+    refused(["fit", "--config", recipe, "--model.foo", "1"], "--model.foo", code=2)
+    refused(["fit", "--config", recipe, "--trainer.max_stepz", "1"], "--trainer.max_stepz", code=2)
+    refused(["fit", "--config", recipe, "--data.order", "random"], "sequential", "shuffled", code=2)
+    refused(["fit", "--config", recipe, "--model.config.n_layer", "two"], "n_layer", "int", code=2)
+    refused(["generate"], "PATH", code=2)
+    refused(["prepare", "--source", "stdlib"], "--out", code=2)
+    refused(["export", "a", "b", "--format", "gguf"], "gguf", "hf", "llmc", code=2)
+
+
+def test_an_unknown_key_in_the_recipe_is_named(refused, write_recipe, make_shards):
+    recipe = write_recipe(make_shards(), data={"total_batch_size": 128})
+    refused(["fit", "--config", recipe], "total_batch_size", code=2)
+
+
+def test_a_missing_folder_of_shards(refused, write_recipe, tmp_path):
+    refused(["fit", "--config", write_recipe(tmp_path / "nowhere")], "there is no folder", "nowhere", "data.root")
+
+
+def test_a_missing_text_file(refused, write_recipe, tmp_path):
+    recipe = write_recipe(tmp_path / "shards", data={"source": "absent.txt"})
+    refused(["fit", "--config", recipe], "absent.txt")
+
+
+def test_an_empty_corpus(refused, write_recipe, tmp_path):
+    Path("empty.txt").touch()
+    refused(["fit", "--config", write_recipe(tmp_path / "shards", data={"source": "empty.txt"})], "empty.txt")
+
+
+def test_a_corpus_too_short_for_one_validation_window(refused, write_recipe, make_shards):
+    recipe = write_recipe(make_shards(val=16))
+    refused(["fit", "--config", recipe], "validation", "16 tokens", "17", "lower model.config.block_size")
+
+
+def test_a_corpus_too_short_for_one_training_window(refused, write_recipe, make_shards):
+    refused(["fit", "--config", write_recipe(make_shards(train=16))], "training", "16 tokens", "17")
+
+
+def test_a_token_beyond_the_vocabulary(refused, write_recipe, make_shards):
+    tokens = np.zeros(5_000)
+    tokens[4_000] = 64
+    refused(["fit", "--config", write_recipe(make_shards(train=tokens))], "token id 64", "vocab_size=64")
+
+
+def test_a_truncated_shard(refused, write_recipe, make_shards):
+    root = make_shards()
+    shard = root / "tiny_train_000001.npy"
+    shard.write_bytes(shard.read_bytes()[:-100])
+    refused(["fit", "--config", write_recipe(root)], "tiny_train_000001.npy")
+
+
+def test_a_step_that_does_not_divide_names_the_micro_batches_that_would_do(refused, write_recipe, make_shards):
+    root = make_shards()
+    recipe = write_recipe(root, data={"micro_batch_size": 3})
+    refused(["fit", "--config", recipe], "total_batch_tokens=128", "set data.micro_batch_size to one of [1, 2, 4, 8]")
+    recipe = write_recipe(root, data={"total_batch_tokens": 100})
+    refused(["fit", "--config", recipe], "total_batch_tokens=100", "a multiple of 16")
+
+
+def test_accumulation_that_disagrees_with_the_batch(refused, write_recipe, make_shards):
+    recipe = write_recipe(make_shards(), trainer={"accumulate_grad_batches": 4})
+    refused(["fit", "--config", recipe], "accumulate_grad_batches=4", "takes 2 micro-batches on 1 device")
+
+
+def test_a_run_without_an_end(refused, write_recipe, make_shards):
+    refused(["fit", "--config", write_recipe(make_shards(), trainer={"max_steps": -1})], "trainer.max_steps")
+
+
+def test_heads_that_do_not_divide_the_width(refused, write_recipe, make_shards):
+    args = ["fit", "--config", write_recipe(make_shards()), "--model.config.n_head", "3"]
+    refused(args, "n_head=3 does not divide n_embd=16", "set n_head to one of")
+
+
+def test_an_optimizer_that_is_none(refused, write_recipe, make_shards):
+    recipe = write_recipe(make_shards())
+    refused(["fit", "--config", recipe, "--model.optimizer", "Foo"], "model.optimizer", "Foo", code=2)
+    refused(["fit", "--config", recipe, "--model.optimizer", "torch.optim.LBFGS"], "LBFGS", "parameter groups")
+
+
+def test_checkpoints_that_are_not_ours(refused, write_recipe, make_shards, tmp_path):
+    recipe = write_recipe(make_shards())
+    torch.save({"model": {}}, tmp_path / "foreign.ckpt")
+    (tmp_path / "text.ckpt").write_text("hello")
+    for path in ("foreign.ckpt", "text.ckpt", "absent.ckpt"):
+        refused(["validate", "--config", recipe, "--ckpt_path", path], path)
+        refused(["fit", "--config", recipe, "--ckpt_path", path], path)
+        refused(["generate", path, "--prompt", "x"], path)
+        refused(["hellaswag", path, "--examples", "builtin"], path)
+        refused(["export", path, "out"], path)
+        assert not Path("out").exists()
+
+
+def test_a_checkpoint_of_another_shape(refused, write_recipe, make_shards, tmp_path):
+    recipe = write_recipe(make_shards())
+    assert main(["fit", "--config", str(recipe)]) == 0
+    wider = ["--model.config.n_embd", "32"]
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    refused(["fit", "--config", recipe, *wider], "n_embd=32 (theirs: 16)", "resume")
+    refused(["validate", "--config", recipe, "--ckpt_path", last, *wider], "n_embd=32 (theirs: 16)")
+    refused(["fit", "--config", recipe, "--model.init_from", last, *wider, "--run_dir", "new"], "n_embd=32 (theirs: 16)")
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        (["--data.seed", "5"], "seed=1337, not 5"),
+        (["--data.order", "shuffled"], "order=sequential, not shuffled"),
+        (["--data.total_batch_tokens", "64"], "total_batch_tokens=128, not 64"),
+        (["--data.root", "others"], "other shards than those in others"),
+    ],
+)
+def test_resuming_on_other_data_is_refused_and_nothing_is_lost(
+    change, part, refused, write_recipe, make_shards, tmp_path
+):
+    recipe = write_recipe(make_shards())
+    make_shards(train=20_001, name="others")
+    assert main(["fit", "--config", str(recipe)]) == 0
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    before = last.read_bytes()
+    refused(["fit", "--config", recipe, "--trainer.max_steps", "9", *change], part, "another run_dir")
+    assert last.read_bytes() == before
+
+
+def test_resume_must_and_never(refused, write_recipe, make_shards, tmp_path):
+    recipe = write_recipe(make_shards())
+    refused(["fit", "--config", recipe, "--resume", "must"], "last.ckpt does not exist", "resume is must")
+    assert main(["fit", "--config", str(recipe)]) == 0
+    refused(["fit", "--config", recipe, "--resume", "never"], "last.ckpt exists", "another run_dir")
+
+
+def test_a_prompt_that_the_model_cannot_take(refused, write_recipe, make_shards, tmp_path):
+    from gpt2_lightning.model import GPT, GPTConfig
+
+    shape = {"block_size": 8, "vocab_size": 50304, "n_layer": 1, "n_head": 1, "n_embd": 8}
+    weights = {f"model.{k}": v for k, v in GPT(GPTConfig(**shape)).state_dict().items()}
+    torch.save({"state_dict": weights, "hyper_parameters": {"config": shape}}, "small.ckpt")
+    refused(["generate", "small.ckpt", "--prompt", "one two three four five six seven eight nine"], "9 tokens", "8")
+    refused(["generate", "small.ckpt", "--prompt", ""], "prompt is empty")
+    refused(["generate", "small.ckpt", "--prompt", "a", "--temperature", "0"], "temperature is 0")
+    refused(["generate", "small.ckpt", "--prompt", "a", "--top_p", "1.5"], "top_p is 1.5")
+    long = "a " * 20
+    recipe = write_recipe(make_shards(vocab_size=64), model={"config": shape}, samples={"every_n_steps": 1, "prompt": long})
+    refused(["fit", "--config", recipe], "samples.prompt", "block_size is 8")

@@ -1,0 +1,169 @@
+"""``gpt2 fit`` as a user runs it: one step is one step, a run goes on where it was, and what it leaves behind."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from gpt2_lightning import load
+from gpt2_lightning.__main__ import main
+from gpt2_lightning.optim import AdamW, decay_groups
+
+NAMES = {"train/loss", "train/grad_norm", "train/lr", "train/tokens", "train/tokens_per_sec", "val/loss"}
+
+
+def test_a_run_leaves_its_checkpoint_events_config_and_log(tmp_path, make_shards, write_recipe, read_scalars, capsys):
+    recipe = write_recipe(make_shards())
+    assert main(["fit", "--config", str(recipe)]) == 0
+    run = tmp_path / "run"
+    logged = read_scalars(run)
+    assert set(logged) == NAMES
+    assert list(logged["train/loss"]) == list(range(6))  # step s at x = s, as build-nanogpt numbers them
+    assert list(logged["val/loss"]) == [0, 3, 6]  # 0, N, 2N …, the last
+    assert logged["train/tokens"][5] == 6 * 128
+    assert logged["val/loss"][0] == pytest.approx(math.log(64), abs=0.05)
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["last.ckpt", "step_000003.ckpt", "step_000006.ckpt"]
+    lines = (run / "log.txt").read_text().splitlines()
+    assert [line.rsplit(" ", 1)[0] for line in lines] == [
+        "0 val", "0 train", "1 train", "2 train", "3 val", "3 train", "4 train", "5 train", "6 val"
+    ]  # fmt: skip
+    assert float(lines[1].split()[-1]) == pytest.approx(logged["train/loss"][0], abs=1e-6)
+    last = capsys.readouterr().out.strip().splitlines()[-2:]
+    assert str(run / "checkpoints" / "last.ckpt") in last[0]
+    assert last[1].startswith("next: gpt2 generate ")
+
+    # the saved config is a recipe: the same command with it finds the run finished
+    before = (run / "log.txt").read_text()
+    assert main(["fit", "--config", str(run / "config.yaml")]) == 0
+    assert (run / "log.txt").read_text() == before
+
+
+def test_a_checkpoint_holds_plain_types_under_hf_names(tmp_path, make_shards, write_recipe):
+    assert main(["fit", "--config", str(write_recipe(make_shards()))]) == 0
+    path = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    checkpoint = torch.load(path, weights_only=True)
+    shape = {"block_size": 16, "vocab_size": 64, "n_layer": 2, "n_head": 2, "n_embd": 16}
+    assert checkpoint["hyper_parameters"]["config"] == shape
+    assert checkpoint["global_step"] == 6
+    assert "model.transformer.h.1.attn.c_attn.weight" in checkpoint["state_dict"]
+    assert all(name.startswith("model.") for name in checkpoint["state_dict"])
+    weight = load(path).transformer["wte"].weight
+    assert torch.equal(weight, checkpoint["state_dict"]["model.transformer.wte.weight"])
+
+
+def test_the_same_tokens_train_the_same_whatever_the_micro_batch(make_shards, write_recipe, read_scalars, tmp_path):
+    root = make_shards()
+    curves = []
+    for micro_batch_size in (8, 4, 2):
+        recipe = write_recipe(
+            root, data={"micro_batch_size": micro_batch_size}, run_dir=str(tmp_path / f"b{micro_batch_size}")
+        )
+        assert main(["fit", "--config", str(recipe)]) == 0
+        curves.append(read_scalars(tmp_path / f"b{micro_batch_size}"))
+    for other in curves[1:]:
+        for tag in ("train/loss", "train/grad_norm", "val/loss"):
+            assert list(other[tag]) == list(curves[0][tag])
+            np.testing.assert_allclose(list(other[tag].values()), list(curves[0][tag].values()), rtol=1e-5)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_resumed_run_is_the_run_never_cut(workers, make_shards, write_recipe, read_scalars, tmp_path):
+    root = make_shards()
+    schedule = {
+        "class_path": "gpt2_lightning.schedule.WarmupCosine",
+        "init_args": {"warmup_steps": 2, "max_steps": 6, "min_lr": 3e-4},
+    }
+    weights, curves = [], []
+    for name, stops in (("whole", [6]), ("cut", [3, 6])):
+        for stop in stops:
+            recipe = write_recipe(
+                root,
+                name=f"{name}{stop}",
+                trainer={"max_steps": stop},
+                model={"lr_scheduler": schedule},
+                data={"order": "shuffled", "num_workers": workers},
+                run_dir=str(tmp_path / name),
+            )
+            assert main(["fit", "--config", str(recipe)]) == 0
+        weights.append(load(tmp_path / name / "checkpoints" / "last.ckpt").state_dict())
+        curves.append(read_scalars(tmp_path / name))
+    for tag in NAMES - {"train/tokens_per_sec"}:
+        assert curves[1][tag] == curves[0][tag], tag
+    for name, value in weights[0].items():
+        assert torch.equal(value, weights[1][name]), name
+
+
+def test_overfitting_one_batch(make_shards, write_recipe, read_scalars, tmp_path):
+    recipe = write_recipe(
+        make_shards(),
+        trainer={"max_steps": 150, "overfit_batches": 1},
+        data={"total_batch_tokens": 64},
+        validation={"every_n_steps": 0},
+        checkpoint={"every_n_steps": 0},
+    )
+    assert main(["fit", "--config", str(recipe), "--model.optimizer.lr", "1e-2"]) == 0
+    loss = read_scalars(tmp_path / "run")["train/loss"]
+    assert loss[0] > 4
+    assert loss[149] < 0.05
+
+
+def test_decay_groups_cover_each_parameter_once():
+    from gpt2_lightning.model import GPT, GPTConfig
+
+    model = GPT(GPTConfig(block_size=8, vocab_size=32, n_layer=2, n_head=2, n_embd=8))
+    decayed, spared = decay_groups(model.named_parameters())
+    ids = [id(p) for p in decayed["params"] + spared["params"]]
+    assert sorted(ids) == sorted(id(p) for p in model.parameters())  # parameters() lists the tied one once
+    assert "weight_decay" not in decayed  # takes the optimizer's own
+    assert spared["weight_decay"] == 0
+    names = {id(p): n for n, p in model.named_parameters()}
+    assert all(names[id(p)].endswith("bias") or "ln_" in names[id(p)] for p in spared["params"])
+    assert {"transformer.wte.weight", "transformer.wpe.weight"} <= {names[id(p)] for p in decayed["params"]}
+
+
+def test_fused_adamw_makes_the_updates_of_torchs_own():
+    torch.manual_seed(0)
+    gradients = [torch.randn(5, 7) for _ in range(3)]
+    results = []
+    for optimizer_class in (AdamW, torch.optim.AdamW):
+        p = torch.nn.Parameter(torch.ones(5, 7))
+        optimizer = optimizer_class([p], lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+        for gradient in gradients:
+            p.grad = gradient.clone()
+            optimizer.step()
+        results.append(p.detach())
+    torch.testing.assert_close(*results)
+
+
+def test_a_users_own_optimizer_and_schedule(make_shards, write_recipe, read_scalars, tmp_path):
+    recipe = write_recipe(
+        make_shards(),
+        model={
+            "optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.5}},
+            "lr_scheduler": {"class_path": "torch.optim.lr_scheduler.StepLR", "init_args": {"step_size": 2, "gamma": 0.1}},
+        },
+    )
+    assert main(["fit", "--config", str(recipe)]) == 0
+    rates = list(read_scalars(tmp_path / "run")["train/lr"].values())
+    assert rates == pytest.approx([0.5, 0.5, 0.05, 0.05, 0.005, 0.005])
+
+
+def test_without_gpt2s_vocabulary_hellaswag_and_samples_say_that_they_are_off(make_shards, write_recipe, capsys):
+    recipe = write_recipe(make_shards(), hellaswag={"every_n_steps": 3}, samples={"every_n_steps": 3})
+    assert main(["fit", "--config", str(recipe)]) == 0
+    out = capsys.readouterr().out
+    assert "HellaSwag is off" in out
+    assert "samples are off" in out
+
+
+def test_validate_gives_the_loss_that_fit_logged(make_shards, write_recipe, read_scalars, tmp_path, capsys):
+    recipe = write_recipe(make_shards())
+    assert main(["fit", "--config", str(recipe)]) == 0
+    logged = read_scalars(tmp_path / "run")["val/loss"][6]
+    capsys.readouterr()
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    assert main(["validate", "--config", str(recipe), "--ckpt_path", str(last)]) == 0
+    assert f"val/loss {logged:.4f}" in capsys.readouterr().out
+    assert not Path("lightning_logs").exists()
