@@ -22,9 +22,9 @@ class Parser(argparse.ArgumentParser):
     """argparse whose usage errors are one line of usage and one sentence."""
 
     def error(self, message: str) -> NoReturn:
-        positional = [a.metavar or a.dest for a in self._actions if not a.option_strings]
-        required = [f"{a.option_strings[-1]} {a.metavar or a.dest.upper()}" for a in self._actions if a.option_strings and a.required]  # fmt: skip
-        print("usage:", *[self.prog, *positional, *required, "[options]"], file=sys.stderr)
+        needed = [a for a in self._actions if a.required]
+        words = [a.metavar or a.dest if not a.option_strings else f"{a.option_strings[-1]} …" for a in needed]
+        print("usage:", self.prog, *words, "[options]", file=sys.stderr)
         print(f"{self.prog}: error: {message}", file=sys.stderr)
         raise SystemExit(2)
 
@@ -39,7 +39,8 @@ def main(args: Sequence[str] | None = None) -> int:
             print(f"  {name:<10} {what}")
         return 0 if command else 2
     if command not in COMMANDS:
-        print(f"usage: gpt2 COMMAND [options]\ngpt2: error: no command {command!r}: choose from {', '.join(COMMANDS)}", file=sys.stderr)  # fmt: skip
+        print("usage: gpt2 COMMAND [options]", file=sys.stderr)
+        print(f"gpt2: error: no command {command!r}: choose from {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
     run = {
         "fit": _lightning,
@@ -161,8 +162,12 @@ def _generate(args: list[str]) -> None:
 def _hellaswag(args: list[str]) -> None:
     parser = Parser(prog="gpt2 hellaswag", description="Score a model on HellaSwag.")
     parser.add_argument("path", metavar="PATH", help="checkpoint, exported folder, or hub name such as gpt2")
-    parser.add_argument("--style", choices=("nanogpt", "harness"), default="nanogpt", help="whose rules (default: nanogpt)")
-    parser.add_argument("--examples", metavar="FILE", help="HellaSwag's .jsonl (default: the hub's, else the built-in set)")
+    parser.add_argument(
+        "--style", choices=("nanogpt", "harness"), default="nanogpt", help="whose rules (default: nanogpt)"
+    )
+    parser.add_argument(
+        "--examples", metavar="FILE", help="HellaSwag's .jsonl (default: the hub's, else the built-in set)"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     given = parser.parse_args(args[1:])
     import json
@@ -183,7 +188,9 @@ def _export(args: list[str]) -> None:
     parser = Parser(prog="gpt2 export", description="Write weights for others to open.")
     parser.add_argument("checkpoint", metavar="CKPT", help="checkpoint, exported folder, or hub name such as gpt2")
     parser.add_argument("out", metavar="OUT", help="folder (hf) or file (llmc) to write")
-    parser.add_argument("--format", choices=("hf", "llmc"), default="hf", help="for transformers or llm.c (default: hf)")
+    parser.add_argument(
+        "--format", choices=("hf", "llmc"), default="hf", help="for transformers or llm.c (default: hf)"
+    )
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the weights (default: fp32)")
     given = parser.parse_args(args[1:])
     from gpt2_lightning.weights import export

@@ -133,12 +133,16 @@ def run(args: list[str]) -> None:
     if "--config" not in args and "-c" not in args and not {"-h", "--help", "--print_config"} & set(args):
         recipes = sorted(str(path) for path in Path("configs").glob("*.yaml"))
         print(f"usage: gpt2 {args[0]} --config FILE [--trainer.… --model.… --data.…]", file=sys.stderr)
-        print(f"gpt2 {args[0]}: error: no --config: the recipes are {', '.join(recipes) or 'not here'}", file=sys.stderr)
+        print(
+            f"gpt2 {args[0]}: error: no --config: the recipes are {', '.join(recipes) or 'not here'}", file=sys.stderr
+        )
         raise SystemExit(2)
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # of what Lightning calls
     for name in ("lightning.pytorch", "lightning.fabric"):  # tips and the like: what a run is, it says itself
         logging.getLogger(name).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", ".*does not have many workers.*")  # a micro-batch is read in less than a millisecond
+    warnings.filterwarnings(
+        "ignore", ".*does not have many workers.*"
+    )  # a micro-batch is read in less than a millisecond
     warnings.filterwarnings("ignore", ".*LeafSpec.*")  # Lightning against torch 2.13
     warnings.filterwarnings("ignore", ".*your dataloader is not resumable.*")  # it is: it starts at global_step
     if torch.cuda.is_available():

@@ -131,20 +131,20 @@ def _read_weight_file(path: Path) -> dict[str, Tensor]:
     return state
 
 
-def torch_load(path: Path) -> Any:
-    """What ``torch.save`` wrote, memory-mapped on the CPU: tensors and plain values only, no code is run.
+def torch_load(path: Path, mmap: bool = True) -> Any:
+    """What ``torch.save`` wrote, on the CPU, memory-mapped or read: tensors and plain values only, no code is run.
 
     Raises:
         ValueError: the file is damaged, or asks for more than plain values.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError:
         raise ValueError(
             f"{path} holds more than tensors and plain values: it is not a file of ours, and stays shut"
         ) from None
-    except (RuntimeError, EOFError, OSError) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # what a damaged pickle raises depends on the byte
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(
             f"{path} is damaged or cut short ({reason}): take an earlier checkpoint or fetch it again"
         ) from None

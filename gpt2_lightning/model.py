@@ -94,25 +94,26 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """GPT-2. ``model(idx)`` gives logits; ``model.hidden(idx)`` stops before the head, for losses that need no logits."""
+    """GPT-2. ``model(idx)`` gives logits; ``model.hidden(idx)`` stops before the head, for what needs no logits."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
+        wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.transformer = nn.ModuleDict(
             {
-                "wte": nn.Embedding(config.vocab_size, config.n_embd),
+                "wte": wte,
                 "wpe": nn.Embedding(config.block_size, config.n_embd),
                 "h": nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
                 "ln_f": nn.LayerNorm(config.n_embd),
             }
         )
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.lm_head.weight = self.transformer["wte"].weight  # tied: the embedding is the classifier
+        self.lm_head.weight = wte.weight  # tied: the embedding is the classifier
         self.apply(self._init_weights)
 
     def _init_weights(self, module: nn.Module) -> None:
-        """std 0.02 everywhere, biases 0; each of the 2·n_layer writes into the residual stream 1/sqrt(2·n_layer) of it."""
+        """std 0.02, biases 0; what writes into the residual stream, 2·n_layer times, 0.02 / sqrt(2·n_layer)."""
         if isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, mean=0.0, std=0.02)
         if isinstance(module, nn.Linear) and module.bias is not None:
@@ -135,13 +136,13 @@ class GPT(nn.Module):
             mask: what each query may see, boolean, broadcastable to (B, n_head, T, S); causal when not given.
             cache: one key-value cache per layer, S = tokens in it after this call; S = T without one.
         """
-        B, T = idx.size()
+        T = idx.size(1)
         if positions is None:
-            if T > self.config.block_size:
+            if self.config.block_size < T:
                 raise ValueError(f"a sequence of {T} tokens does not fit block_size={self.config.block_size}")
             positions = torch.arange(T, device=idx.device)  # (T,)
         x = self.transformer["wte"](idx) + self.transformer["wpe"](positions)  # (B, T, n_embd)
-        for i, block in enumerate(self.transformer["h"]):
+        for i, block in enumerate(self.transformer["h"]):  # type: ignore[var-annotated, arg-type]
             x = block(x, mask, None if cache is None else cache[i])
         return self.transformer["ln_f"](x)
 

@@ -79,8 +79,8 @@ class GPTModule(LightningModule):
         differences = _differences(self.hparams["config"], checkpoint["hyper_parameters"]["config"])
         if differences:
             raise ValueError(
-                f"model.config differs from the checkpoint to resume from: {differences}; give the shape it was trained "
-                "with, or another run_dir to start anew"
+                f"model.config differs from the checkpoint to resume from: {differences}; give the shape it was "
+                "trained with, or another run_dir to start anew"
             )
 
     def _next_token_loss(self, ids: Tensor) -> Tensor:

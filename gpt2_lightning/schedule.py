@@ -1,8 +1,8 @@
 """Learning-rate schedules: pure functions of the step, and the thin classes that put them into an optimizer."""
 
 import math
-from typing import Any
 
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -46,8 +46,9 @@ class WarmupCosine(LRScheduler):
         self.min_lr = min_lr
         super().__init__(optimizer)
 
-    def get_lr(self) -> list[float | Any]:
+    def get_lr(self) -> list[float | Tensor]:
         end = math.inf if self.max_steps is None else self.max_steps
         return [
-            warmup_cosine(self.last_epoch, max_lr, self.min_lr, self.warmup_steps, end) for max_lr in self.base_lrs
+            warmup_cosine(self.last_epoch, float(max_lr), self.min_lr, self.warmup_steps, end)
+            for max_lr in self.base_lrs
         ]

@@ -23,7 +23,9 @@ def get_tokenizer() -> tiktoken.Encoding:
     """The encoding. Documents go through ``encode_ordinary``: ``encode`` refuses text that spells ``<|endoftext|>``."""
     table = (files("gpt2_lightning") / "assets" / "gpt2.tiktoken").read_bytes()
     if hashlib.sha256(table).hexdigest() != RANKS_SHA256:
-        raise ValueError("the BPE ranks inside the package (assets/gpt2.tiktoken) are damaged: reinstall gpt2_lightning")
+        raise ValueError(
+            "the BPE ranks inside the package (assets/gpt2.tiktoken) are damaged: reinstall gpt2_lightning"
+        )
     ranks = {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in table.splitlines())}
     return tiktoken.Encoding(
         name="gpt2",

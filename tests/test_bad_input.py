@@ -18,11 +18,13 @@ def refused(capsys):
         assert main([str(a) for a in args]) == code
         lines = capsys.readouterr().err.strip().splitlines()
         assert "Traceback" not in "".join(lines)
-        assert lines[-1].startswith("gpt2") and ": error: " in lines[-1], lines
+        assert lines[-1].startswith("gpt2"), lines
+        assert ": error: " in lines[-1], lines
         for part in parts:
             assert part in lines[-1]
         if code == 2:
-            assert len(lines) == 2 and lines[0].startswith("usage: gpt2"), lines
+            assert len(lines) == 2, lines
+            assert lines[0].startswith("usage: gpt2"), lines
 
     return run
 
@@ -130,7 +132,9 @@ def test_a_checkpoint_of_another_shape(refused, write_recipe, make_shards, tmp_p
     last = tmp_path / "run" / "checkpoints" / "last.ckpt"
     refused(["fit", "--config", recipe, *wider], "n_embd=32 (theirs: 16)", "resume")
     refused(["validate", "--config", recipe, "--ckpt_path", last, *wider], "n_embd=32 (theirs: 16)")
-    refused(["fit", "--config", recipe, "--model.init_from", last, *wider, "--run_dir", "new"], "n_embd=32 (theirs: 16)")
+    refused(
+        ["fit", "--config", recipe, "--model.init_from", last, *wider, "--run_dir", "new"], "n_embd=32 (theirs: 16)"
+    )
 
 
 @pytest.mark.parametrize(
@@ -172,5 +176,7 @@ def test_a_prompt_that_the_model_cannot_take(refused, write_recipe, make_shards,
     refused(["generate", "small.ckpt", "--prompt", "a", "--temperature", "0"], "temperature is 0")
     refused(["generate", "small.ckpt", "--prompt", "a", "--top_p", "1.5"], "top_p is 1.5")
     long = "a " * 20
-    recipe = write_recipe(make_shards(vocab_size=64), model={"config": shape}, samples={"every_n_steps": 1, "prompt": long})
+    recipe = write_recipe(
+        make_shards(vocab_size=64), model={"config": shape}, samples={"every_n_steps": 1, "prompt": long}
+    )
     refused(["fit", "--config", recipe], "samples.prompt", "block_size is 8")

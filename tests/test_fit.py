@@ -24,7 +24,11 @@ def test_a_run_leaves_its_checkpoint_events_config_and_log(tmp_path, make_shards
     assert list(logged["val/loss"]) == [0, 3, 6]  # 0, N, 2N …, the last
     assert logged["train/tokens"][5] == 6 * 128
     assert logged["val/loss"][0] == pytest.approx(math.log(64), abs=0.05)
-    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["last.ckpt", "step_000003.ckpt", "step_000006.ckpt"]
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == [
+        "last.ckpt",
+        "step_000003.ckpt",
+        "step_000006.ckpt",
+    ]
     lines = (run / "log.txt").read_text().splitlines()
     assert [line.rsplit(" ", 1)[0] for line in lines] == [
         "0 val", "0 train", "1 train", "2 train", "3 val", "3 train", "4 train", "5 train", "6 val"
@@ -142,7 +146,10 @@ def test_a_users_own_optimizer_and_schedule(make_shards, write_recipe, read_scal
         make_shards(),
         model={
             "optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.5}},
-            "lr_scheduler": {"class_path": "torch.optim.lr_scheduler.StepLR", "init_args": {"step_size": 2, "gamma": 0.1}},
+            "lr_scheduler": {
+                "class_path": "torch.optim.lr_scheduler.StepLR",
+                "init_args": {"step_size": 2, "gamma": 0.1},
+            },
         },
     )
     assert main(["fit", "--config", str(recipe)]) == 0

@@ -20,9 +20,7 @@ def _step_samples(S: int, steps: range, micro_batch: int, world: int) -> dict[in
     return seen
 
 
-@given(
-    st.integers(1, 4), st.integers(1, 4), st.integers(1, 4), st.integers(1, 5), st.integers(0, 5)
-)
+@given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 4), st.integers(1, 5), st.integers(0, 5))
 def test_samples_of_a_step_do_not_depend_on_ranks_micro_batch_or_cuts(B, W, accumulate, steps, cut):
     S = B * W * accumulate
     cut = min(cut, steps - 1)
@@ -58,7 +56,9 @@ def test_the_permutation_never_changes():
     assert windows_of(np.arange(8), [3, 5], "shuffled", 42).tolist() == [3, 4, 5, 6, 7, 2, 1, 0]
 
 
-@given(st.lists(st.integers(0, 40), min_size=1, max_size=5), st.integers(0, 9), st.sampled_from(["sequential", "shuffled"]))
+@given(
+    st.lists(st.integers(0, 40), min_size=1, max_size=5), st.integers(0, 9), st.sampled_from(["sequential", "shuffled"])
+)
 def test_each_window_of_an_epoch_comes_exactly_once(shard_windows, seed, order):
     n = sum(shard_windows)
     if n == 0:

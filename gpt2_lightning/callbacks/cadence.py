@@ -5,6 +5,8 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from gpt2_lightning.module import GPTModule
+
 
 def is_due(step: int, every_n_steps: int, max_steps: int) -> bool:
     """Whether something that happens every N steps happens after ``step`` of them: at 0, N, 2N … and at the end."""
@@ -30,7 +32,7 @@ class EveryNSteps(Callback):
         self.seconds = 0.0
         """Time spent in ``run``, which is not training time."""
 
-    def run(self, trainer: Trainer, module: LightningModule, step: int) -> None:
+    def run(self, trainer: Trainer, module: GPTModule, step: int) -> None:
         """What there is to do after ``step`` optimizer steps."""
         raise NotImplementedError
 
@@ -47,6 +49,7 @@ class EveryNSteps(Callback):
         if step > self.last_step and is_due(step, self.every_n_steps, trainer.max_steps):
             started = time.perf_counter()
             self.last_step = step
+            assert isinstance(module, GPTModule)
             self.run(trainer, module, step)
             self.seconds += time.perf_counter() - started
 

@@ -10,6 +10,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
 from gpt2_lightning.callbacks.cadence import EveryNSteps
+from gpt2_lightning.hf import torch_load
+from gpt2_lightning.module import GPTModule
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -29,6 +31,19 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             partial.unlink(missing_ok=True)
             raise
 
+    def load_checkpoint(self, path: str | os.PathLike, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        if not Path(path).is_file():
+            raise ValueError(f"{path} does not exist: correct ckpt_path, or leave it out")
+        checkpoint = torch_load(Path(path), mmap=False)
+        if (
+            not isinstance(checkpoint, dict)
+            or not {"loops", "optimizer_states", "hyper_parameters"} <= checkpoint.keys()
+        ):
+            raise ValueError(
+                f"{path} is no checkpoint of a gpt2_lightning run: to start from its weights, use init_from"
+            )
+        return checkpoint
+
 
 class StepCheckpoint(EveryNSteps, Checkpoint):
     """Saves ``checkpoints/step_<step>.ckpt`` and points ``checkpoints/last.ckpt`` at it.
@@ -40,7 +55,7 @@ class StepCheckpoint(EveryNSteps, Checkpoint):
     def __init__(self, every_n_steps: int = 1000) -> None:
         super().__init__(every_n_steps)
 
-    def run(self, trainer: Trainer, module: LightningModule, step: int) -> None:
+    def run(self, trainer: Trainer, module: GPTModule, step: int) -> None:
         if step == 0:
             return
         folder = Path(trainer.default_root_dir) / "checkpoints"

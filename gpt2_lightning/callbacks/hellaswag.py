@@ -6,6 +6,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from gpt2_lightning.callbacks.cadence import EveryNSteps, record
 from gpt2_lightning.evals.hellaswag import Score, Style, evaluate, load_examples
+from gpt2_lightning.module import GPTModule
 from gpt2_lightning.tokenizer import VOCAB_SIZE
 
 
@@ -25,6 +26,7 @@ class HellaSwag(EveryNSteps):
         self.path = path
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        assert isinstance(pl_module, GPTModule)
         if self.every_n_steps == 0:
             return
         if pl_module.model.config.vocab_size < VOCAB_SIZE:
@@ -37,18 +39,19 @@ class HellaSwag(EveryNSteps):
         self.examples = load_examples(self.path)
         pl_module.print(f"HellaSwag: {self.examples.tag}")
 
-    def run(self, trainer: Trainer, module: LightningModule, step: int) -> None:
+    def run(self, trainer: Trainer, module: GPTModule, step: int) -> None:
         score = self.score(trainer, module)
         record(trainer, {"hellaswag/acc": score.acc, "hellaswag/acc_norm": score.acc_norm}, step)
         module.print(f"step {step:5d} | {self.describe(score)}")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == TrainerFn.VALIDATING and self.every_n_steps > 0:
+            assert isinstance(pl_module, GPTModule)
             score = self.score(trainer, pl_module)
             trainer.callback_metrics.update({"hellaswag/acc": score.acc, "hellaswag/acc_norm": score.acc_norm})  # type: ignore[dict-item]
             pl_module.print(self.describe(score))
 
-    def score(self, trainer: Trainer, module: LightningModule) -> Score:
+    def score(self, trainer: Trainer, module: GPTModule) -> Score:
         """The score over all ranks, added up as integers."""
         with trainer.precision_plugin.val_step_context():
             mine = evaluate(

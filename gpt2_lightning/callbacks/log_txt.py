@@ -1,4 +1,4 @@
-"""``log.txt`` as build-nanogpt writes it: ``<step> train|val|hella <value>``, a line each, for its readers' notebooks."""
+"""``log.txt`` as build-nanogpt writes it, ``<step> train|val|hella <value>`` a line, for the notebooks that read it."""
 
 from pathlib import Path
 from typing import Any

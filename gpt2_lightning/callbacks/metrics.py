@@ -1,4 +1,4 @@
-"""What each optimizer step cost and gave, logged once a step: one device synchronisation, however many micro-batches."""
+"""What each optimizer step cost and gave, logged once a step: one synchronisation, however many micro-batches."""
 
 import time
 from typing import Any
@@ -7,6 +7,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from gpt2_lightning.callbacks.cadence import EveryNSteps, record
+from gpt2_lightning.module import GPTModule
 
 PEAK_FLOPS = {
     "NVIDIA A100": 312e12,
@@ -48,12 +49,14 @@ class StepMetrics(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        assert isinstance(pl_module, GPTModule)
         step = trainer.global_step  # optimizer steps made, this one among them
         if step == self.seen_step:
             return  # inside an accumulation
         self.seen_step = step
         summed, pl_module.step_loss = pl_module.step_loss, torch.zeros_like(pl_module.step_loss)
-        if (step - 1) % trainer.log_every_n_steps != 0 and step != trainer.max_steps:
+        every_n_steps: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if (step - 1) % every_n_steps != 0 and step != trainer.max_steps:
             return
         loss = trainer.strategy.reduce(summed / trainer.accumulate_grad_batches, reduce_op="mean").item()
         now, pauses = time.perf_counter(), self._pauses(trainer)
@@ -74,4 +77,5 @@ class StepMetrics(Callback):
 
     @staticmethod
     def _pauses(trainer: Trainer) -> float:
-        return sum(c.seconds for c in trainer.callbacks if isinstance(c, EveryNSteps))  # type: ignore[attr-defined]
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        return sum(c.seconds for c in callbacks if isinstance(c, EveryNSteps))

@@ -5,6 +5,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from gpt2_lightning.callbacks.cadence import EveryNSteps
 from gpt2_lightning.generate import generate
+from gpt2_lightning.module import GPTModule
 from gpt2_lightning.tokenizer import END_OF_TEXT, VOCAB_SIZE, get_tokenizer
 
 
@@ -40,6 +41,7 @@ class Samples(EveryNSteps):
         self.seed = seed
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        assert isinstance(pl_module, GPTModule)
         config = pl_module.model.config
         if self.every_n_steps == 0 or stage != "fit":
             return
@@ -56,7 +58,7 @@ class Samples(EveryNSteps):
                 f"samples.prompt has {n} tokens and block_size is {config.block_size}: give 1 to {config.block_size}"
             )
 
-    def run(self, trainer: Trainer, module: LightningModule, step: int) -> None:
+    def run(self, trainer: Trainer, module: GPTModule, step: int) -> None:
         if not trainer.is_global_zero:
             return
         tokenizer = get_tokenizer()

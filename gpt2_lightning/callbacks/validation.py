@@ -4,6 +4,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
 from gpt2_lightning.callbacks.cadence import EveryNSteps, record
+from gpt2_lightning.module import GPTModule
 
 
 class ValidationLoss(EveryNSteps):
@@ -18,7 +19,7 @@ class ValidationLoss(EveryNSteps):
         super().__init__(every_n_steps)
         self.tokens = tokens
 
-    def run(self, trainer: Trainer, module: LightningModule, step: int) -> None:
+    def run(self, trainer: Trainer, module: GPTModule, step: int) -> None:
         connector = trainer._logger_connector
         first_loop_iter = connector._first_loop_iter  # these five lines are Lightning's own around the same call
         trainer.validating = True

@@ -16,7 +16,7 @@ from gpt2_lightning.data.shards import TokenStream, check_sizes, list_shards, op
 
 
 class WindowDataset(Dataset[Tensor]):
-    """Sample number → ``block_size + 1`` tokens as uint16; a micro-batch is fetched in one call, (B, block_size + 1)."""
+    """Sample number → ``block_size + 1`` tokens, uint16; a micro-batch (B, block_size + 1) is fetched in one call."""
 
     def __init__(self, shards: list[Path], block_size: int, vocab_size: int, order: Order, seed: int) -> None:
         self.stream = TokenStream(shards)
@@ -64,7 +64,7 @@ class WindowDataset(Dataset[Tensor]):
         return torch.from_numpy(tokens)
 
 
-def _as_is(batch: Tensor) -> Tensor:
+def _as_is(batch: Any) -> Any:
     return batch
 
 
@@ -115,7 +115,7 @@ class TokenDataModule(LightningDataModule):
     def setup(self, stage: str) -> None:
         assert self.trainer is not None
         check_sizes(self.root)
-        config = self.trainer.lightning_module.model.config
+        config: Any = self.trainer.lightning_module.model.config  # type: ignore[union-attr]
         self.val = WindowDataset(list_shards(self.root, "val"), config.block_size, config.vocab_size, "sequential", 0)
         if len(self.val) == 0:
             raise ValueError(
@@ -172,7 +172,7 @@ class TokenDataModule(LightningDataModule):
             micro_batch_size=self.micro_batch_size,
             max_steps=self.trainer.max_steps,
             # a checkpoint is restored before this hook, so the step is the resumed one; overfitting repeats its batches
-            start_step=0 if self.trainer.overfit_batches else self.trainer.global_step,
+            start_step=0 if self.trainer.overfit_batches else self.trainer.global_step,  # type: ignore[attr-defined]
             rank=self.trainer.global_rank,
             world_size=self.trainer.world_size,
         )
@@ -181,9 +181,7 @@ class TokenDataModule(LightningDataModule):
     def val_dataloader(self) -> DataLoader[Tensor]:
         assert self.trainer is not None
         n_windows = min(max(1, self.validation_tokens // self.val.block_size), len(self.val))
-        sampler = EvalBatchSampler(
-            n_windows, self.micro_batch_size, self.trainer.global_rank, self.trainer.world_size
-        )
+        sampler = EvalBatchSampler(n_windows, self.micro_batch_size, self.trainer.global_rank, self.trainer.world_size)
         return self._loader(self.val, sampler)
 
     def _loader(self, dataset: WindowDataset, sampler: StepBatchSampler | EvalBatchSampler) -> DataLoader[Tensor]:

@@ -2,12 +2,12 @@
 
 The data is N windows of ``block_size`` tokens (and the one token after them). Sample n of a run is window n mod N of
 epoch n div N, so nothing is dropped between epochs and a step may straddle two. Step s takes samples [s·S, (s+1)·S)
-with S = total_batch_tokens / block_size: micro-batch m of rank r takes B of them from s·S + (m·W + r)·B on. That depends
-on nothing but s, neither on the ranks W nor on the micro-batch B, the workers, or where a run was cut.
+with S = total_batch_tokens / block_size: micro-batch m of rank r takes B of them from s·S + (m·W + r)·B on. That is a
+matter of s alone, neither of the ranks W nor of the micro-batch B, the workers, or where a run was cut.
 """
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from torch.utils.data import Sampler
@@ -66,8 +66,8 @@ def permute(i: np.ndarray, n: int, key: np.uint64) -> np.ndarray:
     return x.astype(np.int64)
 
 
-def hash64(x: np.ndarray | np.uint64) -> np.ndarray | np.uint64:
-    """splitmix64's finaliser (Steele et al. 2014): a bijection of 64-bit integers that scatters neighbours."""
+def hash64(x: Any) -> Any:
+    """splitmix64's finaliser (Steele et al. 2014) of one or many uint64: a bijection that scatters neighbours."""
     with np.errstate(over="ignore"):
         x = x + np.uint64(0x9E3779B97F4A7C15)
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

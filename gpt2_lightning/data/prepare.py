@@ -252,8 +252,8 @@ def _prepare(
     if manifest is None:
         split = f"every {VAL_EVERY}th document is val, from the first on" if hold_out else "the first shard is val"
         documents = {"kept": 0, "null": 0, "empty": 0, "replaced": 0}
-        resume = {"cursor": None, "skip": 0, "train_shard": int(hold_out), "val_shard": 0, "val_tokens": 0}
-        manifest = Manifest(identity, RANKS_SHA256, options, split, documents, (), resume)
+        start = {"cursor": None, "skip": 0, "train_shard": int(hold_out), "val_shard": 0, "val_tokens": 0}
+        manifest = Manifest(identity, RANKS_SHA256, options, split, documents, (), start)
         write_manifest(out, manifest)
     _refuse_other(out, manifest.source | {"tokenizer": manifest.tokenizer}, identity | {"tokenizer": RANKS_SHA256})
     assert manifest.resume is not None
