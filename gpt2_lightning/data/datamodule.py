@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from gpt2_lightning.data.order import EvalBatchSampler, Order, StepBatchSampler, windows_of
-from gpt2_lightning.data.prepare import prepare
-from gpt2_lightning.data.shards import TokenStream, check_sizes, list_shards, open_shard, read_manifest
+from gpt2_lightning.data.prepare import ensure_prepared
+from gpt2_lightning.data.shards import TokenStream, check_sizes, list_shards, open_shard
 
 
 class WindowDataset(Dataset[Tensor]):
@@ -108,9 +108,8 @@ class TokenDataModule(LightningDataModule):
         self.validation_tokens = validation_tokens
 
     def prepare_data(self) -> None:
-        published = self.root.is_dir() and any(self.root.glob("*[vt]*_*")) and read_manifest(self.root) is None
-        if self.source is not None and not published:
-            prepare(self.source, self.root)
+        if self.source is not None:
+            ensure_prepared(self.source, self.root)
 
     def setup(self, stage: str) -> None:
         assert self.trainer is not None
