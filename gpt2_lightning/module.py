@@ -117,10 +117,20 @@ class GPTModule(LightningModule):
                 f"model.optimizer cannot take GPT-2's parameter groups ({error}): choose a class that accepts groups, "
                 "each with its own weight_decay, such as torch.optim.AdamW"
             ) from error
+        optimizer.register_load_state_dict_pre_hook(_keep_typed_options)
         scheduler: Any = self.lr_scheduler(optimizer)
         if getattr(scheduler, "max_steps", 0) is None:
             scheduler.max_steps = self.trainer.max_steps
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def _keep_typed_options(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """A resumed run obeys the options of today's command; the checkpoint only says where the lr had got to."""
+    groups = [
+        saved | {name: value for name, value in group.items() if name not in ("params", "lr", "initial_lr")}
+        for saved, group in zip(state_dict["param_groups"], optimizer.param_groups, strict=True)
+    ]
+    return {"state": state_dict["state"], "param_groups": groups}
 
 
 def _differences(ours: dict[str, int], theirs: dict[str, int]) -> str:

@@ -52,3 +52,12 @@ class WarmupCosine(LRScheduler):
             warmup_cosine(self.last_epoch, float(max_lr), self.min_lr, self.warmup_steps, end)
             for max_lr in self.base_lrs
         ]
+
+    def state_dict(self) -> dict[str, int]:
+        """The step alone: peak, floor and length are the command's, also when it goes on with a run."""
+        return {"last_epoch": self.last_epoch}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        self.last_epoch = state_dict["last_epoch"]
+        for group, lr in zip(self.optimizer.param_groups, self.get_lr(), strict=True):
+            group["lr"] = lr

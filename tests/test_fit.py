@@ -99,6 +99,19 @@ def test_a_resumed_run_is_the_run_never_cut(workers, make_shards, write_recipe, 
         assert torch.equal(value, weights[1][name]), name
 
 
+def test_a_resumed_run_obeys_a_new_learning_rate_decay_and_length(make_shards, write_recipe, read_scalars, tmp_path):
+    recipe = write_recipe(make_shards())
+    assert main(["fit", "--config", str(recipe), "--trainer.max_steps", "3"]) == 0
+    changes = ["--trainer.max_steps", "5", "--model.optimizer.lr", "1.0", "--model.optimizer.weight_decay", "0.5"]
+    assert main(["fit", "--config", str(recipe), *changes]) == 0
+    rates = read_scalars(tmp_path / "run")["train/lr"]
+    assert [rates[s] for s in (0, 1)] == pytest.approx([1.5e-3, 3e-3])
+    expected = [3e-4 + 0.5 * (1 + math.cos(math.pi * (s - 2) / 3)) * (1.0 - 3e-4) for s in (3, 4)]
+    assert [rates[s] for s in (3, 4)] == pytest.approx(expected)
+    checkpoint = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert [group["weight_decay"] for group in checkpoint["optimizer_states"][0]["param_groups"]] == [0.5, 0.0]
+
+
 def test_overfitting_one_batch(make_shards, write_recipe, read_scalars, tmp_path):
     recipe = write_recipe(
         make_shards(),
