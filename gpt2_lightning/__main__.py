@@ -176,6 +176,8 @@ def _hellaswag(args: list[str]) -> None:
     from gpt2_lightning.weights import load
 
     examples = load_examples(given.examples)
+    if examples.note:
+        print(examples.note, file=sys.stderr)
     score = evaluate(load(given.path).to(_device()), examples, given.style, progress=not given.json)
     if given.json:
         figures = {"n": score.n, "acc": score.acc, "acc_norm": score.acc_norm, "stderr": score.stderr}

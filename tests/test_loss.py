@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from gpt2_lightning.loss import linear_cross_entropy
+from gpt2_lightning.loss import LinearCrossEntropy
 
 
 def _inputs(N=37, C=16, V=203, scale=1.0):
@@ -23,7 +23,7 @@ def _gradients(loss, *inputs):
 def test_chunked_equals_plain_in_fp32(chunk_tokens, scale):
     hidden, weight, targets = _inputs(scale=scale)
     plain = _gradients(F.cross_entropy(F.linear(hidden, weight), targets), hidden, weight)
-    chunked = _gradients(linear_cross_entropy(hidden, weight, targets, chunk_tokens), hidden, weight)
+    chunked = _gradients(LinearCrossEntropy(chunk_tokens)(hidden, weight, targets), hidden, weight)
     for a, b in zip(plain, chunked, strict=True):
         assert (b - a).norm() <= 1e-5 * a.norm()
 
@@ -33,7 +33,7 @@ def test_chunked_under_bf16_autocast_is_as_close_to_fp32_as_the_plain_one():
     exact = _gradients(F.cross_entropy(F.linear(hidden, weight), targets), hidden, weight)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         plain = _gradients(F.cross_entropy(F.linear(hidden, weight), targets), hidden, weight)
-        chunked = _gradients(linear_cross_entropy(hidden, weight, targets, 100), hidden, weight)
+        chunked = _gradients(LinearCrossEntropy(100)(hidden, weight, targets), hidden, weight)
     for e, p, c in zip(exact, plain, chunked, strict=True):
         assert c.dtype == torch.float32
         assert 0 < (p - e).norm() < 0.02 * e.norm()  # bf16 it is
@@ -42,8 +42,8 @@ def test_chunked_under_bf16_autocast_is_as_close_to_fp32_as_the_plain_one():
 
 def test_gradient_is_scaled_by_what_comes_from_above():
     hidden, weight, targets = _inputs()
-    once = torch.autograd.grad(linear_cross_entropy(hidden, weight, targets, 8), (hidden, weight))
-    quarter = torch.autograd.grad(linear_cross_entropy(hidden, weight, targets, 8) / 4, (hidden, weight))
+    once = torch.autograd.grad(LinearCrossEntropy(8)(hidden, weight, targets), (hidden, weight))
+    quarter = torch.autograd.grad(LinearCrossEntropy(8)(hidden, weight, targets) / 4, (hidden, weight))
     for a, b in zip(once, quarter, strict=True):
         torch.testing.assert_close(b, a / 4)
 
@@ -52,4 +52,14 @@ def test_without_gradients_the_loss_is_the_same():
     hidden, weight, targets = _inputs()
     with torch.no_grad():
         plain = F.cross_entropy(F.linear(hidden, weight), targets)
-        torch.testing.assert_close(linear_cross_entropy(hidden, weight, targets, 8), plain)
+        torch.testing.assert_close(LinearCrossEntropy(8)(hidden, weight, targets), plain)
+
+
+def test_the_buffer_follows_the_size_and_type_of_the_call():
+    loss = LinearCrossEntropy(8)
+    for N in (37, 5, 8):
+        hidden, weight, targets = _inputs(N=N)
+        torch.testing.assert_close(loss(hidden, weight, targets), F.cross_entropy(F.linear(hidden, weight), targets))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert loss(hidden, weight, targets).dtype == torch.float32
+        assert loss.buffer.dtype == torch.bfloat16

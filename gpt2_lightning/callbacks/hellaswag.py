@@ -5,7 +5,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
 from gpt2_lightning.callbacks.cadence import EveryNSteps, record
-from gpt2_lightning.evals.hellaswag import Score, Style, evaluate, load_examples
+from gpt2_lightning.evals.hellaswag import Score, Style, evaluate, load_examples, render
 from gpt2_lightning.module import GPTModule
 from gpt2_lightning.tokenizer import VOCAB_SIZE
 
@@ -36,8 +36,13 @@ class HellaSwag(EveryNSteps):
             )
             self.every_n_steps = 0
             return
-        self.examples = load_examples(self.path)
-        pl_module.print(f"HellaSwag: {self.examples.tag}")
+        if self.path is None:  # one rank asks the hub, for it may answer one and not another
+            asked = load_examples() if trainer.is_global_zero else None
+            self.examples = trainer.strategy.broadcast(asked)
+        else:
+            self.examples = load_examples(self.path)
+        render(self.examples.rows[0], self.style)  # rows that lack what the style needs are refused now, not at step 0
+        pl_module.print(f"HellaSwag: {self.examples.tag}{self.examples.note and f' ({self.examples.note})'}")
 
     def run(self, trainer: Trainer, module: GPTModule, step: int) -> None:
         score = self.score(trainer, module)
