@@ -91,6 +91,10 @@ def _prepare(args: list[str]) -> None:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--source", nargs="+", help="fineweb-edu, stdlib, ORG/NAME on the hub, or local files and globs")
     what.add_argument("--verify", metavar="DIR", help="check every shard in DIR against its manifest instead")
+    what.add_argument("--show", metavar="DIR", help="print training windows of DIR as text instead")
+    parser.add_argument("--first", type=int, default=0, help="first window to show (default: 0)")
+    parser.add_argument("--count", type=int, default=1, help="how many to show (default: 1)")
+    parser.add_argument("--block_size", type=int, default=1024, help="tokens in each (default: 1024)")
     parser.add_argument("--out", metavar="DIR", help="folder of the shards")
     parser.add_argument("--name", help="configuration of a hub dataset, such as sample-10BT")
     parser.add_argument("--revision", help="branch, tag or commit of a hub dataset")
@@ -105,12 +109,18 @@ def _prepare(args: list[str]) -> None:
         manifest = verify(Path(given.verify))
         print(f"{given.verify}: {len(manifest.shards)} shards as their manifest says")
         return
+    if given.show:
+        from gpt2_lightning.data.prepare import show
+
+        print(show(Path(given.show), "train", given.first, given.count, given.block_size))
+        return
     if not given.out:
         parser.error("--source needs --out DIR, the folder to write the shards to")
     from gpt2_lightning.data.prepare import prepare
 
     source = given.source[0] if len(given.source) == 1 else given.source
-    options: dict[str, Any] = {k: v for k, v in vars(given).items() if k not in ("source", "verify", "out")}
+    names = ("name", "revision", "text_column", "shard_tokens", "workers", "format")
+    options: dict[str, Any] = {name: getattr(given, name) for name in names}
     manifest = prepare(source, Path(given.out), **options)
     print(f"{given.out}: {manifest.tokens('train'):,} tokens to train on, {manifest.tokens('val'):,} to validate on")
 

@@ -1,11 +1,13 @@
 """HellaSwag during training, and at the end of ``gpt2 validate``."""
 
+from typing import Any
+
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
 from gpt2_lightning.callbacks.cadence import EveryNSteps, record
-from gpt2_lightning.evals.hellaswag import Score, Style, evaluate, load_examples, render
+from gpt2_lightning.evals.hellaswag import Examples, Score, Style, evaluate, load_examples, render
 from gpt2_lightning.module import GPTModule
 from gpt2_lightning.tokenizer import VOCAB_SIZE
 
@@ -37,8 +39,8 @@ class HellaSwag(EveryNSteps):
             self.every_n_steps = 0
             return
         if self.path is None:  # one rank asks the hub, for it may answer one and not another
-            asked = load_examples() if trainer.is_global_zero else None
-            self.examples = trainer.strategy.broadcast(asked)
+            asked: Any = load_examples() if trainer.is_global_zero else None
+            self.examples: Examples = trainer.strategy.broadcast(asked)
         else:
             self.examples = load_examples(self.path)
         render(self.examples.rows[0], self.style)  # rows that lack what the style needs are refused now, not at step 0

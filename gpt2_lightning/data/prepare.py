@@ -175,7 +175,12 @@ def ensure_prepared(source: str | list[str], root: Path) -> None:
 def show(root: Path, split: Split, first: int, count: int, block_size: int) -> str:
     """Windows ``first`` to ``first + count`` of a split in file order as text, each under a line with its number."""
     stream = TokenStream(list_shards(root, split))
-    last = min(first + count, len(stream) // block_size)
+    n_windows = len(stream) // block_size
+    if not 0 <= first < n_windows:
+        raise ValueError(
+            f"there is no {split} window {first} in {root}: it has 0 to {n_windows - 1} of {block_size} tokens"
+        )
+    last = min(first + count, n_windows)
     windows = stream.windows(np.arange(first, last) * block_size, block_size)
     texts = (get_tokenizer().decode(window.tolist()) for window in windows)
     return "\n".join(f"── {split} window {number} ──\n{text}" for number, text in enumerate(texts, first))
