@@ -114,10 +114,11 @@ class CLI(LightningCLI):
         return super()._instantiate_trainer(config, [StepMetrics(), StepProgressBar(), *callbacks])
 
     def fit(self, model: GPTModule, **kwargs: Any) -> None:
-        shape = ", ".join(f"{name}={value}" for name, value in model.hparams["config"].items())
-        print(f"model: {model.model.num_parameters():,} parameters ({shape})")
-        if kwargs["ckpt_path"] is not None:
-            print(f"resuming from {kwargs['ckpt_path']}")
+        if self.trainer.is_global_zero:
+            shape = ", ".join(f"{name}={value}" for name, value in model.hparams["config"].items())
+            print(f"model: {model.model.num_parameters():,} parameters ({shape})")
+            if kwargs["ckpt_path"] is not None:
+                print(f"resuming from {kwargs['ckpt_path']}")
         self.trainer.fit(model, **kwargs)
         last = self.run_dir / "checkpoints" / "last.ckpt"
         if self.trainer.is_global_zero and last.exists():

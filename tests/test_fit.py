@@ -1,6 +1,9 @@
 """``gpt2 fit`` as a user runs it: one step is one step, a run goes on where it was, and what it leaves behind."""
 
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -97,6 +100,33 @@ def test_a_resumed_run_is_the_run_never_cut(workers, make_shards, write_recipe, 
         assert curves[1][tag] == curves[0][tag], tag
     for name, value in weights[0].items():
         assert torch.equal(value, weights[1][name]), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["lightning", "torchrun"])
+def test_two_processes_train_as_one_does(launcher, make_shards, write_recipe, read_scalars, tmp_path):
+    recipe = write_recipe(
+        make_shards(), validation={"tokens": 528}
+    )  # 33 windows: an odd batch, uneven between the ranks
+    assert main(["fit", "--config", str(recipe)]) == 0
+    alone = read_scalars(tmp_path / "run")
+    torchrun = (
+        [] if launcher == "lightning" else ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    )
+    command = [sys.executable, *torchrun, "-m", "gpt2_lightning", "fit", "--config", str(recipe)]
+    command += ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--run_dir", "two"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("parameters (") == 1  # one rank speaks
+    both = read_scalars(Path("two"))
+    for tag in NAMES - {"train/tokens_per_sec"}:
+        assert list(both[tag]) == list(alone[tag])
+        np.testing.assert_allclose(list(both[tag].values()), list(alone[tag].values()), rtol=1e-5, err_msg=tag)
+    weights = [load(Path(run) / "checkpoints" / "last.ckpt").state_dict() for run in (tmp_path / "run", "two")]
+    for name, value in weights[0].items():
+        torch.testing.assert_close(weights[1][name], value, rtol=1e-4, atol=1e-5)
 
 
 def test_a_resumed_run_obeys_a_new_learning_rate_decay_and_length(make_shards, write_recipe, read_scalars, tmp_path):

@@ -10,6 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
 from gpt2_lightning.callbacks.cadence import EveryNSteps
+from gpt2_lightning.data.shards import atomic_file
 from gpt2_lightning.hf import torch_load
 from gpt2_lightning.module import GPTModule
 
@@ -18,18 +19,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes beside the target, syncs, renames: a kill or a full disk leaves the file that was there before."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | os.PathLike, storage_options: Any = None) -> None:
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(target.name + ".partial")
-        try:
-            with partial.open("wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, target)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(Path(path)) as file:
+            torch.save(checkpoint, file)
 
     def load_checkpoint(self, path: str | os.PathLike, *args: Any, **kwargs: Any) -> dict[str, Any]:
         if not Path(path).is_file():
