@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shlex
 import sys
 import warnings
 from pathlib import Path
@@ -21,6 +22,7 @@ from gpt2_lightning.callbacks.samples import Samples
 from gpt2_lightning.callbacks.validation import ValidationLoss
 from gpt2_lightning.data.datamodule import TokenDataModule
 from gpt2_lightning.module import GPTModule
+from gpt2_lightning.tokenizer import VOCAB_SIZE
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "gradient_clip_val": 1.0,
@@ -123,7 +125,11 @@ class CLI(LightningCLI):
         last = self.run_dir / "checkpoints" / "last.ckpt"
         if self.trainer.is_global_zero and last.exists():
             print(f"\n{self.trainer.global_step} steps done; checkpoint: {last}")
-            print(f'next: gpt2 generate {last} --prompt "{self.config.fit.samples.prompt}"')
+            if model.model.config.vocab_size >= VOCAB_SIZE:
+                prompt = shlex.quote(self.config.fit.samples.prompt)
+                print(f"next: gpt2 generate {shlex.quote(str(last))} --prompt {prompt}")
+            else:  # not GPT-2's tokens, so there is no text to show
+                print(f"next: gpt2 validate --config {self.run_dir}/config.yaml --ckpt_path {shlex.quote(str(last))}")
 
     def validate(self, model: GPTModule, **kwargs: Any) -> None:
         self.trainer.validate(model, **kwargs | {"verbose": False})
