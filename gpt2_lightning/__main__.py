@@ -70,6 +70,8 @@ def main(args: Sequence[str] | None = None) -> int:
 def _sentence(error: BaseException | None) -> str | None:
     """What to tell a user; None for what is a defect of ours, which keeps its traceback."""
     while error is not None:
+        if isinstance(error, UnicodeDecodeError):
+            return f"a file that should be UTF-8 text is not ({error.reason} at byte {error.start})"
         if isinstance(error, OSError) and error.filename is not None:
             return f"{error.filename}: {error.strerror}"
         innermost = traceback.extract_tb(error.__traceback__)[-1:]
@@ -136,6 +138,10 @@ def _generate(args: list[str]) -> None:
     parser.add_argument("--top_p", type=float, default=1.0, help="… and among the fewest that reach this probability")
     parser.add_argument("--seed", type=int, help="the same seed gives the same text")
     given = parser.parse_args(args[1:])
+    if given.num_samples < 1 or given.max_new_tokens < 1:
+        parser.error("--num_samples and --max_new_tokens are at least 1")
+    if given.seed is not None and not 0 <= given.seed < 2**62:
+        parser.error("--seed is a whole number from 0 to 2**62")
     from gpt2_lightning.generate import TextStream, generate
     from gpt2_lightning.tokenizer import VOCAB_SIZE, get_tokenizer
     from gpt2_lightning.weights import load
@@ -153,9 +159,12 @@ def _generate(args: list[str]) -> None:
     prompt = get_tokenizer().encode_ordinary(text)
     stream = TextStream()
     for i in range(given.num_samples):
-        if given.num_samples > 1:
-            print(f"--- sample {i}")
-        print(text, end="", flush=True)
+        pending = [f"--- sample {i}\n" if given.num_samples > 1 else "", text]  # printed once the prompt is found good
+
+        def show(_row: int, token: int) -> None:
+            print("".join(pending) + stream.feed(token), end="", flush=True)  # noqa: B023
+            pending.clear()  # noqa: B023
+
         generate(
             model,
             [prompt],
@@ -164,9 +173,9 @@ def _generate(args: list[str]) -> None:
             top_k=given.top_k,
             top_p=given.top_p,
             seed=None if given.seed is None else given.seed + i,
-            on_token=lambda _, token: print(stream.feed(token), end="", flush=True),
+            on_token=show,
         )
-        print(stream.finish())
+        print("".join(pending) + stream.finish())
 
 
 def _hellaswag(args: list[str]) -> None:

@@ -90,6 +90,12 @@ class CLI(LightningCLI):
             config.run_dir = str(Path("runs") / Path(str(config.config[-1])).stem)
         self.run_dir = Path(config.run_dir)
         if self.subcommand == "validate":
+            last = self.run_dir / "checkpoints" / "last.ckpt"
+            if config.ckpt_path is None and config.model.init_from is None:
+                if not last.exists():
+                    raise ValueError("nothing to validate: give --ckpt_path FILE, or --model.init_from gpt2")
+                print(f"validating {last}")
+                config.ckpt_path = str(last)
             if config.ckpt_path is not None:  # one door to weights: whatever `load` opens
                 config.model.init_from, config.ckpt_path = config.ckpt_path, None
             return
@@ -111,9 +117,11 @@ class CLI(LightningCLI):
             config["logger"] = [events, LogTxt(self.run_dir)] if fit else False
         config["default_root_dir"] = str(self.run_dir)
         config["plugins"] = [*(config["plugins"] or []), AtomicCheckpointIO()]
-        if not fit:
-            return super()._instantiate_trainer(config, callbacks)
-        return super()._instantiate_trainer(config, [StepMetrics(), StepProgressBar(), *callbacks])
+        if config["enable_checkpointing"] is False:
+            callbacks = [callback for callback in callbacks if not isinstance(callback, StepCheckpoint)]
+        if config["enable_progress_bar"] is not False:
+            callbacks = [StepProgressBar(), *callbacks]
+        return super()._instantiate_trainer(config, [StepMetrics(), *callbacks] if fit else callbacks)
 
     def fit(self, model: GPTModule, **kwargs: Any) -> None:
         if self.trainer.is_global_zero:
@@ -129,7 +137,8 @@ class CLI(LightningCLI):
                 prompt = shlex.quote(self.config.fit.samples.prompt)
                 print(f"next: gpt2 generate {shlex.quote(str(last))} --prompt {prompt}")
             else:  # not GPT-2's tokens, so there is no text to show
-                print(f"next: gpt2 validate --config {self.run_dir}/config.yaml --ckpt_path {shlex.quote(str(last))}")
+                recipe = shlex.quote(str(self.run_dir / "config.yaml"))
+                print(f"next: gpt2 validate --config {recipe} --ckpt_path {shlex.quote(str(last))}")
 
     def validate(self, model: GPTModule, **kwargs: Any) -> None:
         self.trainer.validate(model, **kwargs | {"verbose": False})
@@ -137,7 +146,7 @@ class CLI(LightningCLI):
 
 def run(args: list[str]) -> None:
     """Runs ``fit …`` or ``validate …``."""
-    if "--config" not in args and "-c" not in args and not {"-h", "--help", "--print_config"} & set(args):
+    if not {"--config", "-c", "-h", "--help", "--print_config"} & {arg.partition("=")[0] for arg in args}:
         recipes = sorted(str(path) for path in Path("configs").glob("*.yaml"))
         print(f"usage: gpt2 {args[0]} --config FILE [--trainer.… --model.… --data.…]", file=sys.stderr)
         print(

@@ -2,12 +2,13 @@
 
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torchmetrics import MeanMetric
@@ -16,6 +17,7 @@ from gpt2_lightning.loss import LinearCrossEntropy
 from gpt2_lightning.model import GPT, GPTConfig
 from gpt2_lightning.optim import AdamW, decay_groups
 from gpt2_lightning.schedule import WarmupCosine
+from gpt2_lightning.tokenizer import VOCAB_SIZE
 from gpt2_lightning.weights import load
 
 CHUNK_LOGITS = 512 * 50304
@@ -47,7 +49,11 @@ class GPTModule(LightningModule):
         chunked_loss: Literal["auto"] | bool = "auto",
     ) -> None:
         super().__init__()
+        if isinstance(config, dict):  # as `load_from_checkpoint` gives it back
+            config = GPTConfig(**config)
         self.model = GPT(config or GPTConfig()) if init_from is None else load(init_from).train()
+        if config is not None and (config.vocab_size, self.model.config.vocab_size) == (50304, VOCAB_SIZE):
+            config = replace(config, vocab_size=VOCAB_SIZE)  # 50304 is what a config without a vocab_size says
         if config is not None and config != self.model.config:
             raise ValueError(
                 f"model.config differs from the weights of {init_from}: "
@@ -64,6 +70,10 @@ class GPTModule(LightningModule):
         self.grad_norm = torch.zeros(())  # of the last step, before clipping
 
     def setup(self, stage: str) -> None:
+        if self.trainer.gradient_clip_algorithm == "value":
+            raise ValueError(
+                "trainer.gradient_clip_algorithm is value: GPT-2 is clipped by the global norm, leave it out"
+            )
         device_type = self.trainer.strategy.root_device.type
         chunked = device_type == "cpu" if self.chunked_loss == "auto" else self.chunked_loss
         self.loss = LinearCrossEntropy(max(1, CHUNK_LOGITS // self.model.config.vocab_size) if chunked else None)
@@ -90,13 +100,15 @@ class GPTModule(LightningModule):
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         loss = self.next_token_loss(batch.long())
-        self.step_loss = self.step_loss.to(loss.device) + loss.detach()
+        first = batch_idx % self.trainer.accumulate_grad_batches == 0
+        self.step_loss = loss.detach() if first else self.step_loss + loss.detach()
         return loss
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
         loss = self.next_token_loss(batch.long())
         self.val_loss.update(loss, weight=batch[:, 1:].numel())
-        self.log("val/loss", self.val_loss, on_step=False, on_epoch=True, logger=False)
+        in_fit = self.trainer.state.fn == TrainerFn.FITTING  # there ValidationLoss logs it, at the step it belongs to
+        self.log("val/loss", self.val_loss, on_step=False, on_epoch=True, logger=not in_fit)
 
     def configure_gradient_clipping(
         self,

@@ -97,6 +97,20 @@ def test_accumulation_that_disagrees_with_the_batch(refused, write_recipe, make_
     refused(["fit", "--config", recipe], "accumulate_grad_batches=4", "takes 2 micro-batches on 1 device")
 
 
+def test_part_of_a_step_is_refused(refused, write_recipe, make_shards):
+    recipe = write_recipe(make_shards())
+    args = ["fit", "--config", recipe]
+    refused([*args, "--trainer.overfit_batches", "1"], "overfit_batches=1", "set data.total_batch_tokens", "64")
+    refused([*args, "--trainer.limit_train_batches", "3"], "set trainer.max_steps instead")
+    refused([*args, "--trainer.gradient_clip_algorithm", "value"], "global norm")
+    refused([*args, "--data.seed", "-1"], "data.seed is -1")
+    refused([*args, "--data.num_workers", "-1"], "data.num_workers is -1")
+
+
+def test_nothing_to_validate(refused, write_recipe, make_shards):
+    refused(["validate", "--config", write_recipe(make_shards())], "--ckpt_path", "--model.init_from")
+
+
 def test_a_run_without_an_end(refused, write_recipe, make_shards):
     refused(["fit", "--config", write_recipe(make_shards(), trainer={"max_steps": -1})], "trainer.max_steps")
 

@@ -23,7 +23,8 @@ def _data(root, rank=0, world_size=1, stage="fit", global_step=0, **options):
         global_rank=rank,
         global_step=global_step,
         max_steps=STEPS,
-        overfit_batches=0,
+        overfit_batches=0.0,
+        limit_train_batches=1.0,
         accumulate_grad_batches=1,
         strategy=SimpleNamespace(root_device=torch.device("cpu")),
     )

@@ -208,6 +208,32 @@ def test_without_gpt2s_vocabulary_hellaswag_and_samples_say_that_they_are_off(ma
     assert "samples are off" in out
 
 
+def test_lightnings_own_door_opens_a_checkpoint_and_a_plain_trainer_validates_it(make_shards, write_recipe, tmp_path):
+    from lightning.pytorch import Trainer
+
+    from gpt2_lightning.data.datamodule import TokenDataModule
+    from gpt2_lightning.module import GPTModule
+
+    root = make_shards()
+    assert main(["fit", f"--config={write_recipe(root)}", "--trainer.enable_progress_bar", "false"]) == 0
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    module = GPTModule.load_from_checkpoint(last)
+    for name, value in load(last).state_dict().items():
+        assert torch.equal(module.model.state_dict()[name], value)
+    data = TokenDataModule(root=str(root), source=None, micro_batch_size=4)
+    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, use_distributed_sampler=False)
+    assert trainer.validate(module, data, verbose=False)[0]["val/loss"] == pytest.approx(math.log(64), abs=0.1)
+
+
+def test_a_run_that_ends_early_is_evaluated_and_saved_where_it_ended(make_shards, write_recipe, read_scalars, tmp_path):
+    recipe = write_recipe(make_shards(), checkpoint={"every_n_steps": 10**6}, validation={"every_n_steps": 10**6})
+    args = ["--trainer.max_steps", "1000000", "--trainer.max_time", "00:00:00:01"]
+    assert main(["fit", "--config", str(recipe), *args]) == 0
+    step = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
+    assert 0 < step < 1000000
+    assert list(read_scalars(tmp_path / "run")["val/loss"]) == [0, step]
+
+
 def test_validate_gives_the_loss_that_fit_logged(make_shards, write_recipe, read_scalars, tmp_path, capsys):
     recipe = write_recipe(make_shards())
     assert main(["fit", "--config", str(recipe)]) == 0

@@ -44,9 +44,12 @@ class EveryNSteps(Callback):
     ) -> None:
         self._run_if_due(trainer, pl_module)
 
-    def _run_if_due(self, trainer: Trainer, module: LightningModule) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._run_if_due(trainer, pl_module, last=True)  # trainer.max_time or a user's callback may end it early
+
+    def _run_if_due(self, trainer: Trainer, module: LightningModule, last: bool = False) -> None:
         step = trainer.global_step
-        if step > self.last_step and is_due(step, self.every_n_steps, trainer.max_steps):
+        if step > self.last_step and is_due(step, self.every_n_steps, step if last else trainer.max_steps):
             started = time.perf_counter()
             self.last_step = step
             assert isinstance(module, GPTModule)

@@ -1,6 +1,7 @@
 """Checkpoints at step boundaries, each whole or not there at all."""
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,10 @@ class StepCheckpoint(EveryNSteps, Checkpoint):
         if trainer.is_global_zero:
             link = folder / "last.ckpt.partial"
             link.unlink(missing_ok=True)
-            os.link(path, link)
+            try:
+                os.link(path, link)
+            except OSError:  # a file system without hard links
+                shutil.copyfile(path, link)
             os.replace(link, folder / "last.ckpt")
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:

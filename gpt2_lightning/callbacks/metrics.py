@@ -54,11 +54,11 @@ class StepMetrics(Callback):
         if step == self.seen_step:
             return  # inside an accumulation
         self.seen_step = step
-        summed, pl_module.step_loss = pl_module.step_loss, torch.zeros_like(pl_module.step_loss)
         every_n_steps: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if (step - 1) % every_n_steps != 0 and step != trainer.max_steps:
+        due = every_n_steps > 0 and (step - 1) % every_n_steps == 0
+        if not due and step != trainer.max_steps:
             return
-        loss = trainer.strategy.reduce(summed / trainer.accumulate_grad_batches, reduce_op="mean").item()
+        loss = trainer.strategy.reduce(pl_module.step_loss / trainer.accumulate_grad_batches, reduce_op="mean").item()
         now, pauses = time.perf_counter(), self._pauses(trainer)
         tokens_per_step = trainer.datamodule.total_batch_tokens  # type: ignore[attr-defined]
         seconds = now - self.logged_at - (pauses - self.pauses)

@@ -52,6 +52,11 @@ class Samples(EveryNSteps):
             )
             self.every_n_steps = 0
             return
+        if self.num_samples < 1 or self.max_new_tokens < 1:
+            raise ValueError(
+                f"samples.num_samples={self.num_samples} and max_new_tokens={self.max_new_tokens}: give at least 1 of "
+                "each, or samples.every_n_steps=0 for none"
+            )
         n = len(get_tokenizer().encode_ordinary(self.prompt))
         if not 0 < n <= config.block_size:
             raise ValueError(

@@ -20,6 +20,8 @@ class ValidationLoss(EveryNSteps):
         self.tokens = tokens
 
     def run(self, trainer: Trainer, module: GPTModule, step: int) -> None:
+        if trainer.limit_val_batches == 0:  # type: ignore[attr-defined]
+            return
         connector = trainer._logger_connector
         first_loop_iter = connector._first_loop_iter  # these five lines are Lightning's own around the same call
         trainer.validating = True

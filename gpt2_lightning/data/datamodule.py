@@ -98,6 +98,9 @@ class TokenDataModule(LightningDataModule):
         for name, value in (("total_batch_tokens", total_batch_tokens), ("micro_batch_size", micro_batch_size)):
             if value < 1:
                 raise ValueError(f"data.{name} is {value}: give a whole number of at least 1")
+        for name, value in (("seed", seed), ("num_workers", num_workers)):
+            if value < 0:
+                raise ValueError(f"data.{name} is {value}: give a whole number of at least 0")
         self.root = Path(root)
         self.source = source
         self.order: Order = order
@@ -138,12 +141,28 @@ class TokenDataModule(LightningDataModule):
             self.trainer.world_size,
             self.trainer.accumulate_grad_batches,
         )
+        self._refuse_part_of_a_step()
         steps_per_epoch = len(self.train) * config.block_size / self.total_batch_tokens
         self.trainer.lightning_module.print(
             f"data: {self.root}, {len(self.train.stream):,} tokens to train on ({steps_per_epoch:,.1f} steps an epoch, "
             f"{self.trainer.max_steps / steps_per_epoch:.2f} epochs in {self.trainer.max_steps:,} steps), "
             f"{len(self.val.stream):,} to validate on"
         )
+
+    def _refuse_part_of_a_step(self) -> None:
+        """Lightning would end a shortened epoch inside an accumulation and step on what there is."""
+        trainer: Any = self.trainer
+        if trainer.limit_train_batches != 1.0:
+            raise ValueError(
+                "trainer.limit_train_batches and fast_dev_run count micro-batches and could cut a step: "
+                "set trainer.max_steps instead"
+            )
+        if trainer.overfit_batches % trainer.accumulate_grad_batches != 0:
+            raise ValueError(
+                f"trainer.overfit_batches={trainer.overfit_batches} is no whole step of "
+                f"{trainer.accumulate_grad_batches} micro-batches: set data.total_batch_tokens to one micro-batch, "
+                f"{self.micro_batch_size * self.train.block_size * trainer.world_size}"
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """What decides which tokens a step sees: a run that goes on has to find it as it was."""
