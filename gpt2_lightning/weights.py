@@ -81,7 +81,9 @@ def _figures(checkpoint: Path) -> dict[str, str]:
     """What the run had measured when it wrote ``checkpoint``: its steps, and the last values of its TensorBoard log."""
     if checkpoint.suffix != ".ckpt":
         return {}
-    step = int(hf.torch_load(checkpoint)["global_step"])
+    step = hf.torch_load(checkpoint).get("global_step")
+    if step is None:  # weights alone, in a checkpoint's layout
+        return {}
     figures = {"checkpoint": checkpoint.name, "optimizer steps": f"{step:,}"}
     run_dir = checkpoint.absolute().parent.parent  # runs/X/checkpoints/last.ckpt
     if not any(run_dir.glob("events.out.tfevents.*")):

@@ -425,3 +425,12 @@ print(model.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=0).sha
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "7"
+
+
+def test_weights_alone_in_a_checkpoints_layout_are_exported(tmp_path):
+    model = random_gpt()
+    state = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    torch.save({"state_dict": state, "hyper_parameters": {"config": SHAPE}}, tmp_path / "weights.ckpt")
+    export(tmp_path / "weights.ckpt", tmp_path / "out")
+    idx = torch.arange(12)[None]
+    assert torch.equal(load(tmp_path / "out")(idx), model(idx))
