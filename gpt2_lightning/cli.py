@@ -159,6 +159,7 @@ def run(args: list[str]) -> None:
     warnings.filterwarnings(
         "ignore", ".*does not have many workers.*"
     )  # a micro-batch is read in less than a millisecond
+    warnings.filterwarnings("ignore", ".*have no logger configured.*")  # `validate` writes into no run's events
     warnings.filterwarnings("ignore", ".*LeafSpec.*")  # Lightning against torch 2.13
     warnings.filterwarnings("ignore", ".*your dataloader is not resumable.*")  # it is: it starts at global_step
     if torch.cuda.is_available():
