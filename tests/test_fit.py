@@ -243,3 +243,12 @@ def test_validate_gives_the_loss_that_fit_logged(make_shards, write_recipe, read
     assert main(["validate", "--config", str(recipe), "--ckpt_path", str(last)]) == 0
     assert f"val/loss {logged:.4f}" in capsys.readouterr().out
     assert not Path("lightning_logs").exists()
+
+
+@pytest.mark.parametrize("recipe", sorted((Path(__file__).parents[1] / "configs").glob("*.yaml")), ids=lambda p: p.stem)
+def test_each_recipe_parses_and_opens_with_its_command(recipe, capsys):
+    assert main(["fit", "--config", str(recipe), "--print_config"]) == 0
+    assert "max_steps:" in capsys.readouterr().out
+    lines = recipe.read_text().splitlines()
+    assert f"fit --config configs/{recipe.name}" in lines[0]
+    assert len(lines) < 50
