@@ -3,24 +3,37 @@
 import logging
 import os
 import shlex
+import signal
 import sys
 import warnings
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
-from gpt2_lightning.callbacks.checkpoint import AtomicCheckpointIO, StepCheckpoint
+from gpt2_lightning.callbacks.checkpoint import AtomicCheckpointIO, StepCheckpoint, read_checkpoint
 from gpt2_lightning.callbacks.hellaswag import HellaSwag
 from gpt2_lightning.callbacks.log_txt import LogTxt
 from gpt2_lightning.callbacks.metrics import StepMetrics
+from gpt2_lightning.callbacks.micro_batch import AutoMicroBatch
+from gpt2_lightning.callbacks.nonfinite import NonFinite
 from gpt2_lightning.callbacks.progress import StepProgressBar
 from gpt2_lightning.callbacks.samples import Samples
+from gpt2_lightning.callbacks.signals import StopOnSignal, stop_signal
 from gpt2_lightning.callbacks.validation import ValidationLoss
 from gpt2_lightning.data.datamodule import TokenDataModule
+from gpt2_lightning.job import (
+    Resume,
+    checkpoint_to_resume,
+    claim,
+    is_first_process,
+    refuse_other_seed,
+    refuse_other_world,
+    requeue,
+)
 from gpt2_lightning.module import GPTModule
 from gpt2_lightning.tokenizer import VOCAB_SIZE
 
@@ -68,12 +81,13 @@ class CLI(LightningCLI):
         parser.add_lightning_class_args(ValidationLoss, "validation")
         parser.add_lightning_class_args(HellaSwag, "hellaswag")
         parser.add_lightning_class_args(Samples, "samples")
+        parser.add_lightning_class_args(NonFinite, "nonfinite")
         parser.add_lightning_class_args(StepCheckpoint, "checkpoint")
         parser.link_arguments("validation.tokens", "data.validation_tokens")
         parser.add_argument("--run_dir", type=str | None, help="folder of the run (default: runs/<the config's name>)")
         parser.add_argument(
             "--resume",
-            type=Literal["auto", "must", "never"],
+            type=Resume,
             default="auto",
             help="go on from run_dir/checkpoints/last.ckpt: if it is there, only if it is there, or not at all",
         )
@@ -101,37 +115,61 @@ class CLI(LightningCLI):
             return
         if config.trainer.max_steps < 1:
             raise ValueError("trainer.max_steps is not set: give the number of optimizer steps of the whole run")
-        last = self.run_dir / "checkpoints" / "last.ckpt"
-        if config.resume == "never" and last.exists():
-            raise ValueError(f"{last} exists and resume is never: choose another run_dir, or --resume auto to go on")
-        if config.resume == "must" and not last.exists():
-            raise ValueError(f"{last} does not exist and resume is must: check run_dir, or --resume auto to start")
-        if config.resume != "never" and config.ckpt_path is None and last.exists():
-            config.ckpt_path = str(last)
+        if is_first_process():
+            self.claim = claim(self.run_dir)  # held until the process ends
+        self.resumed_step = 0
+        if config.ckpt_path is None:
+            config.ckpt_path = checkpoint_to_resume(self.run_dir, config.resume)
+        if config.ckpt_path is None:
+            return
+        self.resumed_step = read_checkpoint(Path(config.ckpt_path))["global_step"]
+        refuse_other_seed(self.run_dir, config.seed_everything)
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         fit = self.subcommand == "fit"
         if config["logger"] in (None, True):
-            # one folder for all starts of a run, whose events TensorBoard reads as one line
-            events = TensorBoardLogger(self.run_dir.parent, name=self.run_dir.name, version="", default_hp_metric=False)
-            config["logger"] = [events, LogTxt(self.run_dir)] if fit else False
+            config["logger"] = self._loggers() if fit else False
         config["default_root_dir"] = str(self.run_dir)
         config["plugins"] = [*(config["plugins"] or []), AtomicCheckpointIO()]
         if config["enable_checkpointing"] is False:
             callbacks = [callback for callback in callbacks if not isinstance(callback, StepCheckpoint)]
         if config["enable_progress_bar"] is not False:
             callbacks = [StepProgressBar(), *callbacks]
-        return super()._instantiate_trainer(config, [StepMetrics(), *callbacks] if fit else callbacks)
+        if fit:  # StopOnSignal before those that evaluate
+            callbacks = [StopOnSignal(), StepMetrics(), AutoMicroBatch(), *callbacks]
+        trainer = super()._instantiate_trainer(config, callbacks)
+        refuse_other_world(trainer)
+        return trainer
+
+    def _loggers(self) -> list[Logger]:
+        """One folder for all starts of a run, whose events TensorBoard reads as one line."""
+        # a validation at the resumed step came before its checkpoint and stays; what came after is made again
+        purge_step = self.resumed_step + 1 if self.resumed_step else None
+        events = TensorBoardLogger(
+            self.run_dir.parent, self.run_dir.name, version="", default_hp_metric=False, purge_step=purge_step
+        )
+        return [events, LogTxt(self.run_dir, self.resumed_step)]
 
     def fit(self, model: GPTModule, **kwargs: Any) -> None:
         if self.trainer.is_global_zero:
             shape = ", ".join(f"{name}={value}" for name, value in model.hparams["config"].items())
             print(f"model: {model.model.num_parameters():,} parameters ({shape})")
             if kwargs["ckpt_path"] is not None:
-                print(f"resuming from {kwargs['ckpt_path']}")
+                print(f"resuming from {kwargs['ckpt_path']} at step {self.resumed_step}")
         self.trainer.fit(model, **kwargs)
         last = self.run_dir / "checkpoints" / "last.ckpt"
+        number = stop_signal(self.trainer)
+        if number:
+            if self.trainer.is_global_zero:
+                print(f"\n{signal.Signals(number).name}: stopped after step {self.trainer.global_step}; ", end="")
+                print(f"the same command goes on from {last}" if last.exists() else "no checkpoint, as asked")
+                if number == signal.SIGUSR1 and "SLURM_JOB_ID" in os.environ:
+                    requeue()  # SIGUSR1 is SLURM's warning of the time limit; scancel sends SIGTERM and means it
+            self.trainer.strategy.barrier("stopped")  # a rank that exits first would look like one that failed
+            raise SystemExit(128 + number)
         if self.trainer.is_global_zero and last.exists():
+            if self.resumed_step >= self.trainer.max_steps:
+                print(f"this run is finished, raise trainer.max_steps={self.trainer.max_steps} to go on")
             print(f"\n{self.trainer.global_step} steps done; checkpoint: {last}")
             if model.model.config.vocab_size >= VOCAB_SIZE:
                 prompt = shlex.quote(self.config.fit.samples.prompt)

@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.memory import garbage_collection_cuda
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torchmetrics import MeanMetric
@@ -66,8 +67,10 @@ class GPTModule(LightningModule):
         self.compile_mode = compile
         self.chunked_loss = chunked_loss
         self.val_loss = MeanMetric()
-        self.step_loss = torch.zeros(())  # sum over the micro-batches of the step so far, on this rank
+        self.loss_sum = torch.zeros(())  # over the micro-batches of the step so far, on this rank
+        self.step_loss = torch.zeros(())  # of the last step: the mean over its micro-batches and ranks
         self.grad_norm = torch.zeros(())  # of the last step, before clipping
+        self.step_applied = True  # false where loss or norm of the last step was not finite
 
     def setup(self, stage: str) -> None:
         if self.trainer.gradient_clip_algorithm == "value":
@@ -93,6 +96,32 @@ class GPTModule(LightningModule):
                 "trained with, or another run_dir to start anew"
             )
 
+    def fits(self, micro_batch_size: int) -> bool:
+        """Whether training steps on micro-batches of this size fit the device's memory, by trying."""
+        enough = True
+        try:
+            self._try_step(micro_batch_size)
+        except RuntimeError as error:  # torch.OutOfMemoryError on CUDA; on MPS a plain one
+            if "out of memory" not in str(error):
+                raise
+            enough = False
+        self.zero_grad()  # outside the handler, whose traceback holds the activations
+        garbage_collection_cuda()
+        return enough
+
+    def _try_step(self, micro_batch_size: int) -> None:
+        """The most memory that a step takes: a second micro-batch meets the gradients of the first, and AdamW's state.
+
+        The optimizer has no state before its first step, so two copies of the parameters stand in for it.
+        """
+        state = [torch.empty_like(p) for p in self.parameters() for _ in range(2)]
+        ids = torch.zeros(micro_batch_size, self.model.config.block_size + 1, dtype=torch.long, device=self.device)
+        for _ in range(2):
+            with self.trainer.precision_plugin.train_step_context():
+                loss = self.next_token_loss(ids)
+            loss.backward()
+        del state
+
     def _next_token_loss(self, ids: Tensor) -> Tensor:
         """Mean cross-entropy of ids (B, T+1) int64, each predicted from those before it in its row."""
         hidden = self.model.hidden(ids[:, :-1])  # (B, T, C)
@@ -101,7 +130,7 @@ class GPTModule(LightningModule):
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         loss = self.next_token_loss(batch.long())
         first = batch_idx % self.trainer.accumulate_grad_batches == 0
-        self.step_loss = loss.detach() if first else self.step_loss + loss.detach()
+        self.loss_sum = loss.detach() if first else self.loss_sum + loss.detach()
         return loss
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
@@ -116,8 +145,17 @@ class GPTModule(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clips by the global norm of all gradients, and keeps the norm they had before. 0 or null only measures it."""
+        """Clips by the global norm of all gradients, and keeps the norm they had before. 0 or null only measures it.
+
+        Where that norm or the step's loss is not finite the gradients are dropped: an optimizer leaves parameters
+        without a gradient, and its own state of them, as they are. All ranks see the same two numbers.
+        """
+        mean = self.loss_sum / self.trainer.accumulate_grad_batches
+        self.step_loss = self.trainer.strategy.reduce(mean, reduce_op="mean")
         self.grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val or float("inf"))
+        self.step_applied = bool(torch.isfinite(self.step_loss + self.grad_norm))
+        if not self.step_applied:
+            optimizer.zero_grad()
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         try:

@@ -1,6 +1,8 @@
-"""Learning-rate schedules: pure functions of the step, and the thin classes that put them into an optimizer."""
+"""Learning-rate and batch-size schedules: pure functions of the step, and the thin classes that carry them."""
 
 import math
+from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -61,3 +63,63 @@ class WarmupCosine(LRScheduler):
         self.last_epoch = state_dict["last_epoch"]
         for group, lr in zip(self.optimizer.param_groups, self.get_lr(), strict=True):
             group["lr"] = lr
+
+
+@dataclass(frozen=True)
+class BatchSizeSchedule:
+    """A batch that begins small and doubles until it is ``total_batch_tokens``, as GPT-3 ramped its own.
+
+    The paper (Brown et al. 2020, table 2.1 and appendix B) grows it linearly with the tokens seen, from 32k to the full
+    size over the first 4-12 billion. Here it doubles each time that line has reached the next doubling.
+    """
+
+    start_tokens: int = 32768
+    """tokens of the first step; ``total_batch_tokens`` is this times a power of two"""
+    ramp_tokens: float = 4e9
+    """tokens trained on when the full size is reached"""
+
+
+class Stage(NamedTuple):
+    """Steps of one size."""
+
+    first_step: int
+    first_token: int  # of the run: those of all the steps before
+    step_tokens: int
+
+
+def batch_size_stages(total_batch_tokens: int, schedule: BatchSizeSchedule | None) -> list[Stage]:
+    """The sizes that a run's steps go through: one without a schedule, else doubling from ``start_tokens``.
+
+    Raises:
+        ValueError: ``total_batch_tokens`` is not ``start_tokens`` times a power of two, or nothing to ramp over.
+    """
+    if schedule is None:
+        return [Stage(0, 0, total_batch_tokens)]
+    start, doublings = schedule.start_tokens, 0
+    while 0 < start << doublings < total_batch_tokens:
+        doublings += 1
+    if start << doublings != total_batch_tokens:
+        halves = [total_batch_tokens >> k for k in range(8) if total_batch_tokens % (1 << k) == 0]
+        raise ValueError(
+            f"data.batch_size_schedule.start_tokens={start} does not reach data.total_batch_tokens="
+            f"{total_batch_tokens} by doubling: set it to one of {halves}"
+        )
+    if not 0 < schedule.ramp_tokens < math.inf:
+        raise ValueError(
+            f"data.batch_size_schedule.ramp_tokens is {schedule.ramp_tokens}: give the tokens after which the batch "
+            "has its full size, such as 4.0e+9, or set data.batch_size_schedule to null"
+        )
+    stages = [Stage(0, 0, start)]
+    for k in range(1, doublings + 1):
+        step, token, step_tokens = stages[-1]
+        # where the line from start_tokens at 0 to total_batch_tokens at ramp_tokens passes start · 2^k
+        due = schedule.ramp_tokens * ((1 << k) - 1) / ((1 << doublings) - 1)
+        steps = max(0, math.ceil((due - token) / step_tokens))
+        stages.append(Stage(step + steps, token + steps * step_tokens, start << k))
+    return stages
+
+
+def tokens_before(step: int, stages: list[Stage]) -> int:
+    """Tokens that a run has trained on before ``step`` (from 0)."""
+    stage = next(stage for stage in reversed(stages) if stage.first_step <= step)
+    return stage.first_token + (step - stage.first_step) * stage.step_tokens

@@ -28,6 +28,7 @@ def test_a_run_leaves_its_checkpoint_events_config_and_log(tmp_path, make_shards
     assert logged["train/tokens"][5] == 6 * 128
     assert logged["val/loss"][0] == pytest.approx(math.log(64), abs=0.05)
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == [
+        "best.ckpt",
         "last.ckpt",
         "step_000003.ckpt",
         "step_000006.ckpt",

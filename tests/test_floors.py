@@ -13,6 +13,7 @@ FLOORS = {
     "optim": 0,
     "schedule": 0,
     "tokenizer": 0,
+    "lock": 0,
     "data.shards": 0,
     "evals.multiple_choice": 0,
     "weights": 1,
@@ -29,6 +30,7 @@ FLOORS = {
     "module": 2,
     "data.datamodule": 2,
     "callbacks.*": 3,
+    "job": 3,
     "cli": 4,
     "__main__": 4,
 }

@@ -13,7 +13,7 @@ def _step_samples(S: int, steps: range, micro_batch: int, world: int) -> dict[in
     per_step = S // (micro_batch * world)
     seen: dict[int, list[int]] = {s: [] for s in steps}
     for rank in range(world):
-        batches = list(StepBatchSampler(S, micro_batch, steps.stop, steps.start, rank, world))
+        batches = list(StepBatchSampler(lambda s: s * S, per_step, steps.stop, steps.start, rank, world))
         assert len(batches) == per_step * len(steps)
         for i, batch in enumerate(batches):
             seen[steps.start + i // per_step] += batch
@@ -35,13 +35,13 @@ def test_samples_of_a_step_do_not_depend_on_ranks_micro_batch_or_cuts(B, W, accu
 
 def test_micro_batches_are_dealt_out_to_the_ranks_in_turn():
     # build-nanogpt's: rank r of W starts at r·B and jumps by W·B
-    assert list(StepBatchSampler(8, 2, 1, rank=0, world_size=2)) == [[0, 1], [4, 5]]
-    assert list(StepBatchSampler(8, 2, 1, rank=1, world_size=2)) == [[2, 3], [6, 7]]
+    assert list(StepBatchSampler(lambda s: 8 * s, 2, 1, rank=0, world_size=2)) == [[0, 1], [4, 5]]
+    assert list(StepBatchSampler(lambda s: 8 * s, 2, 1, rank=1, world_size=2)) == [[2, 3], [6, 7]]
 
 
 def test_length_is_that_of_the_whole_run_wherever_it_starts():
     # Lightning counts a resumed run's batches from step 0 on
-    assert len(StepBatchSampler(8, 2, 10, start_step=7, rank=1, world_size=2)) == 20
+    assert len(StepBatchSampler(lambda s: 8 * s, 2, 10, start_step=7, rank=1, world_size=2)) == 20
 
 
 @given(st.integers(1, 3000), st.integers(0, 2**63))

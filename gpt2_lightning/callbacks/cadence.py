@@ -5,6 +5,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from gpt2_lightning.callbacks.signals import stop_signal
 from gpt2_lightning.module import GPTModule
 
 
@@ -21,7 +22,13 @@ def record(trainer: Trainer, values: dict[str, float], step: int) -> None:
 
 
 class EveryNSteps(Callback):
-    """Calls ``run`` after 0, N, 2N … optimizer steps and after the last, once each, also across a resume. 0 = off."""
+    """Calls ``run`` after 0, N, 2N … optimizer steps and after the last, once each, also across a resume. 0 = off.
+
+    When a signal stops the run, what is due then is done first thing by the run that goes on.
+    """
+
+    waits_for_resume = True
+    """Whether it can wait while a signal stops the run: evaluations can, a checkpoint can not."""
 
     def __init__(self, every_n_steps: int) -> None:
         if every_n_steps < 0:
@@ -42,13 +49,15 @@ class EveryNSteps(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._run_if_due(trainer, pl_module)
+        self._run_if_due(trainer, pl_module, last=trainer.should_stop)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._run_if_due(trainer, pl_module, last=True)  # trainer.max_time or a user's callback may end it early
 
     def _run_if_due(self, trainer: Trainer, module: LightningModule, last: bool = False) -> None:
         step = trainer.global_step
+        if self.waits_for_resume and stop_signal(trainer):
+            return
         if step > self.last_step and is_due(step, self.every_n_steps, step if last else trainer.max_steps):
             started = time.perf_counter()
             self.last_step = step

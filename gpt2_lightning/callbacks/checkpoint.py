@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
 from gpt2_lightning.callbacks.cadence import EveryNSteps
+from gpt2_lightning.callbacks.validation import ValidationLoss
 from gpt2_lightning.data.shards import atomic_file
 from gpt2_lightning.hf import torch_load
 from gpt2_lightning.module import GPTModule
@@ -20,53 +22,140 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes beside the target, syncs, renames: a kill or a full disk leaves the file that was there before."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | os.PathLike, storage_options: Any = None) -> None:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        with atomic_file(Path(path)) as file:
-            torch.save(checkpoint, file)
+        try:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            with atomic_file(Path(path)) as file:
+                torch.save(checkpoint, file)
+        except (OSError, RuntimeError) as error:
+            raise ValueError(
+                f"{path} cannot be written ({_reason(error)}): make room, or give this user the right to write there, "
+                "and run the same command again: the checkpoint before it is whole"
+            ) from None
 
     def load_checkpoint(self, path: str | os.PathLike, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        if not Path(path).is_file():
-            raise ValueError(f"{path} does not exist: correct ckpt_path, or leave it out")
-        checkpoint = torch_load(Path(path), mmap=False)
-        if (
-            not isinstance(checkpoint, dict)
-            or not {"loops", "optimizer_states", "hyper_parameters"} <= checkpoint.keys()
-        ):
-            raise ValueError(
-                f"{path} is no checkpoint of a gpt2_lightning run: to start from its weights, use init_from"
-            )
-        return checkpoint
+        return read_checkpoint(Path(path))
+
+
+def _reason(error: BaseException | None) -> str:
+    """The system's own words; torch's writer hides them behind an error of its own."""
+    said = str(error)
+    while error is not None:
+        if isinstance(error, OSError):
+            return error.strerror or said
+        error = error.__context__
+    return said
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint to resume from, every byte of it compared with its checksum: torch itself does not look at them.
+
+    Raises:
+        ValueError: there is none, it is not a run's, or it is damaged; then with the newest beside it that is whole.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist: correct ckpt_path, or leave it out")
+    damage = _damage(path)
+    if damage is not None:
+        before = sorted((p for p in path.parent.glob("step_*.ckpt") if not p.samefile(path)), reverse=True)
+        whole = next((p for p in before if _damage(p) is None), None)
+        mend = f"go on from the one before it, --ckpt_path {whole}" if whole else "start anew in another run_dir"
+        raise ValueError(f"{path} is damaged ({damage}): {mend}")
+    checkpoint = torch_load(path, mmap=False)
+    if not isinstance(checkpoint, dict) or not {"loops", "optimizer_states", "hyper_parameters"} <= checkpoint.keys():
+        raise ValueError(f"{path} is no checkpoint of a gpt2_lightning run: to start from its weights, use init_from")
+    return checkpoint
+
+
+def _damage(path: Path) -> str | None:
+    """What is wrong with a file that ``torch.save`` wrote, or None."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()
+    except Exception as error:  # what a damaged archive raises depends on the byte
+        return str(error) or type(error).__name__
+    return broken and f"the checksum of {broken} does not fit"
 
 
 class StepCheckpoint(EveryNSteps, Checkpoint):
-    """Saves ``checkpoints/step_<step>.ckpt`` and points ``checkpoints/last.ckpt`` at it.
+    """Saves ``checkpoints/step_<step>.ckpt``, and points ``last.ckpt`` and ``best.ckpt`` beside it at the right ones.
+
+    ``best`` is the one with the lowest ``val/loss`` of those that were saved at a step with a validation.
 
     Args:
         every_n_steps: optimizer steps between two checkpoints; the last step always has one; 0 = off.
     """
 
+    waits_for_resume = False
+
     def __init__(self, every_n_steps: int = 1000) -> None:
         super().__init__(every_n_steps)
+        self.best_val_loss = float("inf")
+        self.resumed: dict[str, Any] | None = None
 
     def run(self, trainer: Trainer, module: GPTModule, step: int) -> None:
         if step == 0:
             return
+        for logger in trainer.loggers:
+            logger.save()  # what was logged up to here is on disk before a checkpoint says that it is done
+        val_loss = self._val_loss(trainer, step)
+        best = val_loss < self.best_val_loss
+        self.best_val_loss = min(val_loss, self.best_val_loss)
         folder = Path(trainer.default_root_dir) / "checkpoints"
         path = folder / f"step_{step:06d}.ckpt"
         trainer.save_checkpoint(path)
         if trainer.is_global_zero:
-            link = folder / "last.ckpt.partial"
-            link.unlink(missing_ok=True)
-            try:
-                os.link(path, link)
-            except OSError:  # a file system without hard links
-                shutil.copyfile(path, link)
-            os.replace(link, folder / "last.ckpt")
+            if best:
+                _point(folder / "best.ckpt", path)
+            _point(folder / "last.ckpt", path)
+        trainer.strategy.barrier("checkpoint")
+
+    @staticmethod
+    def _val_loss(trainer: Trainer, step: int) -> float:
+        """The validation loss after ``step`` steps, or infinity if there was no validation then."""
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        measured = any(isinstance(c, ValidationLoss) and c.last_step == step for c in callbacks)
+        return float(trainer.callback_metrics["val/loss"]) if measured else float("inf")
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Counts the batches behind us in this run's micro-batches, which need not be those of the run that saved."""
-        batches = checkpoint["global_step"] * trainer.accumulate_grad_batches
-        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        self.resumed = checkpoint
+        self._rewrite_progress(trainer)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._rewrite_progress(trainer)  # AutoMicroBatch may have changed the accumulation
+        self.resumed = None
+
+    def _rewrite_progress(self, trainer: Trainer) -> None:
+        """Lightning's counters as they stand in the middle of its one epoch, after the step that was saved.
+
+        They count micro-batches, which need not be those of the run that saved, and a run that was stopped, or had
+        fewer ``max_steps``, saved them as those of an epoch that is over.
+        """
+        if self.resumed is None:
+            return
+        batches = self.resumed["global_step"] * trainer.accumulate_grad_batches
+        loop = self.resumed["loops"]["fit_loop"]
+        for count in (loop["epoch_progress"]["total"], loop["epoch_progress"]["current"]):
+            count.update(ready=1, started=1, processed=0, completed=0)
+        progress = loop["epoch_loop.batch_progress"]
+        progress["is_last_batch"] = False
         for count in (progress["total"], progress["current"]):
             # as a save inside on_train_batch_end leaves them: the last batch is processed, not yet completed
             count.update(ready=batches, started=batches, processed=batches, completed=batches - 1)
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"best_val_loss": self.best_val_loss}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self.best_val_loss = state_dict["best_val_loss"]
+
+
+def _point(name: Path, path: Path) -> None:
+    """Makes ``name`` another name of ``path``, or a copy where the file system has no hard links."""
+    link = name.with_name(name.name + ".partial")
+    link.unlink(missing_ok=True)
+    try:
+        os.link(path, link)
+    except OSError:
+        shutil.copyfile(path, link)
+    os.replace(link, name)

@@ -58,16 +58,16 @@ class StepMetrics(Callback):
         due = every_n_steps > 0 and (step - 1) % every_n_steps == 0
         if not due and step != trainer.max_steps:
             return
-        loss = trainer.strategy.reduce(pl_module.step_loss / trainer.accumulate_grad_batches, reduce_op="mean").item()
+        loss = pl_module.step_loss.item()
         now, pauses = time.perf_counter(), self._pauses(trainer)
-        tokens_per_step = trainer.datamodule.total_batch_tokens  # type: ignore[attr-defined]
         seconds = now - self.logged_at - (pauses - self.pauses)
-        rate = (step - self.logged_step) * tokens_per_step / seconds
+        tokens_before = trainer.datamodule.tokens_before  # type: ignore[attr-defined]
+        rate = (tokens_before(step) - tokens_before(self.logged_step)) / seconds
         values = {
             "train/loss": loss,
             "train/grad_norm": float(pl_module.grad_norm),
             "train/lr": float(self.lr),
-            "train/tokens": float(step * tokens_per_step),
+            "train/tokens": float(tokens_before(step)),
             "train/tokens_per_sec": rate,
         }
         if self.peak is not None:

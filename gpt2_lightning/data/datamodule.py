@@ -1,8 +1,10 @@
 """Shards on disk to micro-batches on the device, in the order that ``order.py`` fixes."""
 
 import hashlib
+import signal
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -10,9 +12,13 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from gpt2_lightning.data.order import EvalBatchSampler, Order, StepBatchSampler, windows_of
+from gpt2_lightning.data.order import EvalBatchSampler, Order, StepBatchSampler, windows_in_shards, windows_of
 from gpt2_lightning.data.prepare import ensure_prepared
 from gpt2_lightning.data.shards import TokenStream, check_sizes, list_shards, open_shard
+from gpt2_lightning.schedule import BatchSizeSchedule, batch_size_stages, tokens_before
+
+AUTO_ON_CPU = 16
+"""The largest micro-batch that ``auto`` takes on a CPU, where a larger one is no faster; also that of evaluation."""
 
 
 class WindowDataset(Dataset[Tensor]):
@@ -24,14 +30,11 @@ class WindowDataset(Dataset[Tensor]):
         self.vocab_size = vocab_size
         self.order: Order = order
         self.seed = seed
-        self.n_windows = max(0, (len(self.stream) - 1) // block_size)  # the last token is only ever a target
-        ends = np.minimum(-(-np.cumsum(self.stream.lengths) // block_size), self.n_windows)
-        self.shard_windows: list[int] = np.diff(ends, prepend=0).tolist()  # windows that begin in each shard
-
+        self.shard_windows = windows_in_shards(self.stream.lengths, block_size)
         self._check_ids()
 
     def __len__(self) -> int:
-        return self.n_windows
+        return sum(self.shard_windows)
 
     def _check_ids(self) -> None:
         """Every id of small data, the first million of each shard of large data: a look, not a minute, at start."""
@@ -68,6 +71,13 @@ def _as_is(batch: Any) -> Any:
     return batch
 
 
+def _leave_signals_to_the_run(_worker: int) -> None:
+    """A signal to the whole process group must not end the workers: the run finishes its step first."""
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+        if hasattr(signal, name):  # Windows has no SIGUSR1
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+
 class TokenDataModule(LightningDataModule):
     """GPT-2 tokens from a folder of shards, ``total_batch_tokens`` to an optimizer step on however many devices.
 
@@ -78,7 +88,10 @@ class TokenDataModule(LightningDataModule):
         order: sequential reads the shards front to back; shuffled permutes their windows, each epoch anew.
         seed: of that order.
         total_batch_tokens: tokens per optimizer step, over all devices and micro-batches.
-        micro_batch_size: sequences per device and forward pass; what is accumulated follows from it.
+        micro_batch_size: sequences per device and forward pass; what is accumulated follows from it. auto takes the
+            largest that divides the step and fits the device's memory, on a CPU at most 16.
+        batch_size_schedule: begins with steps of ``start_tokens`` that double until they are of ``total_batch_tokens``
+            after ``ramp_tokens`` tokens; the micro-batches shrink with them, their number stays.
         num_workers: processes that read ahead; the order does not depend on them.
         validation_tokens: how many tokens of the validation shards a validation loss is measured on.
     """
@@ -90,14 +103,15 @@ class TokenDataModule(LightningDataModule):
         order: Order = "sequential",
         seed: int = 1337,
         total_batch_tokens: int = 524288,
-        micro_batch_size: int = 64,
+        micro_batch_size: int | Literal["auto"] = 64,
+        batch_size_schedule: BatchSizeSchedule | None = None,
         num_workers: int = 0,
         validation_tokens: int = 10485760,
     ) -> None:
         super().__init__()
-        for name, value in (("total_batch_tokens", total_batch_tokens), ("micro_batch_size", micro_batch_size)):
-            if value < 1:
-                raise ValueError(f"data.{name} is {value}: give a whole number of at least 1")
+        for name, size in (("total_batch_tokens", total_batch_tokens), ("micro_batch_size", micro_batch_size)):
+            if size != "auto" and size < 1:
+                raise ValueError(f"data.{name} is {size}: give a whole number of at least 1")
         for name, value in (("seed", seed), ("num_workers", num_workers)):
             if value < 0:
                 raise ValueError(f"data.{name} is {value}: give a whole number of at least 0")
@@ -106,7 +120,12 @@ class TokenDataModule(LightningDataModule):
         self.order: Order = order
         self.seed = seed
         self.total_batch_tokens = total_batch_tokens
-        self.micro_batch_size = micro_batch_size
+        self.auto_micro_batch = micro_batch_size == "auto"
+        self.micro_batch_size = AUTO_ON_CPU if micro_batch_size == "auto" else micro_batch_size
+        if isinstance(batch_size_schedule, dict):  # from Python, as a recipe writes it
+            batch_size_schedule = BatchSizeSchedule(**batch_size_schedule)
+        self.batch_size_schedule = batch_size_schedule
+        self.stages = batch_size_stages(total_batch_tokens, batch_size_schedule)
         self.num_workers = num_workers
         self.validation_tokens = validation_tokens
 
@@ -134,19 +153,46 @@ class TokenDataModule(LightningDataModule):
                 f"the training split in {self.root} has {len(self.train.stream)} tokens, fewer than one window of "
                 f"{config.block_size + 1}: give more text, or lower model.config.block_size"
             )
+        self.typed_accumulation = self.trainer.accumulate_grad_batches
+        if self.auto_micro_batch:
+            on_cpu = self.trainer.strategy.root_device.type == "cpu"
+            self.micro_batch_size = self.micro_batches(AUTO_ON_CPU if on_cpu else self.total_batch_tokens)[-1]
+        self.set_micro_batch_size(self.micro_batch_size)
+        self._refuse_part_of_a_step()
+        tokens = self.tokens_before(self.trainer.max_steps)
+        epoch = len(self.train) * config.block_size
+        self.trainer.lightning_module.print(
+            f"data: {self.root}, {len(self.train.stream):,} tokens to train on ({tokens / epoch:.2f} epochs in "
+            f"{self.trainer.max_steps:,} steps), {len(self.val.stream):,} to validate on"
+        )
+
+    def tokens_before(self, step: int) -> int:
+        """Tokens that the run has trained on before ``step``, over all devices."""
+        return tokens_before(step, self.stages)
+
+    def micro_batches(self, at_most: int) -> list[int]:
+        """The micro-batch sizes up to ``at_most`` that divide a step on this run's devices, the smallest at least.
+
+        Raises:
+            ValueError: there is none.
+        """
+        assert self.trainer is not None
+        found = micro_batches(
+            self.total_batch_tokens, self.train.block_size, self.trainer.world_size, self.stages[0].step_tokens
+        )
+        return [b for b in found if b <= at_most] or found[:1]
+
+    def set_micro_batch_size(self, micro_batch_size: int) -> None:
+        """Fixes the micro-batch, and with it the accumulation, before the first batch is asked for."""
+        assert self.trainer is not None
+        self.micro_batch_size = micro_batch_size
         self.trainer.accumulate_grad_batches = accumulation(
             self.total_batch_tokens,
-            self.micro_batch_size,
-            config.block_size,
+            micro_batch_size,
+            self.train.block_size,
             self.trainer.world_size,
-            self.trainer.accumulate_grad_batches,
-        )
-        self._refuse_part_of_a_step()
-        steps_per_epoch = len(self.train) * config.block_size / self.total_batch_tokens
-        self.trainer.lightning_module.print(
-            f"data: {self.root}, {len(self.train.stream):,} tokens to train on ({steps_per_epoch:,.1f} steps an epoch, "
-            f"{self.trainer.max_steps / steps_per_epoch:.2f} epochs in {self.trainer.max_steps:,} steps), "
-            f"{len(self.val.stream):,} to validate on"
+            self.typed_accumulation,
+            self.stages[0].step_tokens,
         )
 
     def _refuse_part_of_a_step(self) -> None:
@@ -169,15 +215,22 @@ class TokenDataModule(LightningDataModule):
         return {
             "block_size": self.train.block_size,
             "total_batch_tokens": self.total_batch_tokens,
+            "batch_size_schedule": self.batch_size_schedule and asdict(self.batch_size_schedule),
             "order": self.order,
             "seed": self.seed,
             "shards": self.train.fingerprint(),
+            "micro_batch_size": self.micro_batch_size,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         for name, now in self.state_dict().items():
-            if state_dict[name] != now:
-                what = f"other shards than those in {self.root}" if name == "shards" else f"{name}={state_dict[name]}"
+            if name == "micro_batch_size":  # no matter of the tokens, but of rounding: auto stays with what it took
+                if self.auto_micro_batch:
+                    self.set_micro_batch_size(self.micro_batches(state_dict[name])[-1])
+            elif state_dict.get(name) != now:
+                what = (
+                    f"other shards than those in {self.root}" if name == "shards" else f"{name}={state_dict.get(name)}"
+                )
                 raise ValueError(
                     f"the checkpoint to resume from was trained with {what}"
                     f"{'' if name == 'shards' else f', not {now}'}: give what it was trained with, or another run_dir"
@@ -186,8 +239,8 @@ class TokenDataModule(LightningDataModule):
     def train_dataloader(self) -> DataLoader[Tensor]:
         assert self.trainer is not None
         sampler = StepBatchSampler(
-            samples_per_step=self.total_batch_tokens // self.train.block_size,
-            micro_batch_size=self.micro_batch_size,
+            lambda step: self.tokens_before(step) // self.train.block_size,
+            self.trainer.accumulate_grad_batches,
             max_steps=self.trainer.max_steps,
             # a checkpoint is restored before this hook, so the step is the resumed one; overfitting repeats its batches
             start_step=0 if self.trainer.overfit_batches else self.trainer.global_step,  # type: ignore[attr-defined]
@@ -209,38 +262,63 @@ class TokenDataModule(LightningDataModule):
             batch_sampler=sampler,
             collate_fn=_as_is,
             num_workers=self.num_workers,
+            worker_init_fn=_leave_signals_to_the_run,
             pin_memory=self.trainer.strategy.root_device.type == "cuda",
         )
 
 
+def micro_batches(total_batch_tokens: int, block_size: int, world_size: int, start_tokens: int) -> list[int]:
+    """All micro-batch sizes that divide a step into whole micro-batches per device, in rising order.
+
+    In the steps of ``start_tokens`` that a batch-size schedule begins with, the micro-batch is smaller in proportion,
+    and a whole number as well.
+
+    Raises:
+        ValueError: no micro-batch does.
+    """
+    per_rank, rest = divmod(start_tokens, block_size * world_size)
+    if rest or per_rank == 0:
+        name = "total_batch_tokens" if start_tokens == total_batch_tokens else "batch_size_schedule.start_tokens"
+        raise ValueError(
+            f"data.{name}={start_tokens} is not a multiple of block_size {block_size} on "
+            f"{_devices(world_size)}: set it to a multiple of {block_size * world_size}"
+        )
+    growth = total_batch_tokens // start_tokens
+    return [b * growth for b in range(1, per_rank + 1) if per_rank % b == 0]
+
+
 def accumulation(
-    total_batch_tokens: int, micro_batch_size: int, block_size: int, world_size: int, typed: int = 1
+    total_batch_tokens: int,
+    micro_batch_size: int,
+    block_size: int,
+    world_size: int,
+    typed: int = 1,
+    start_tokens: int | None = None,
 ) -> int:
     """Micro-batches per rank that make up one optimizer step of exactly ``total_batch_tokens``.
 
-    ``typed`` is the user's own ``trainer.accumulate_grad_batches``; 1 stands for not given.
+    ``typed`` is the user's own ``trainer.accumulate_grad_batches``; 1 stands for not given. ``start_tokens`` are those
+    of a batch-size schedule's first step.
 
     Raises:
         ValueError: the step does not divide, with the micro-batches that would do; or ``typed`` disagrees.
     """
-    micro_tokens = micro_batch_size * block_size * world_size
-    devices = f"{world_size} device{'s' if world_size > 1 else ''}"
-    if total_batch_tokens % micro_tokens != 0:
-        per_rank, rest = divmod(total_batch_tokens, block_size * world_size)
-        if rest or per_rank == 0:
-            raise ValueError(
-                f"data.total_batch_tokens={total_batch_tokens} is not a multiple of block_size {block_size} on "
-                f"{devices}: set it to a multiple of {block_size * world_size}"
-            )
-        would_do = [b for b in range(1, per_rank + 1) if per_rank % b == 0]
+    would_do = micro_batches(total_batch_tokens, block_size, world_size, start_tokens or total_batch_tokens)
+    if micro_batch_size not in would_do:
         raise ValueError(
-            f"data.total_batch_tokens={total_batch_tokens} is not a whole number of micro-batches of "
-            f"{micro_batch_size} sequences of {block_size} on {devices}: set data.micro_batch_size to one of {would_do}"
+            f"data.total_batch_tokens={total_batch_tokens} "
+            f"{f'from {start_tokens} on ' if start_tokens not in (None, total_batch_tokens) else ''}"
+            f"is not a whole number of micro-batches of {micro_batch_size} sequences of {block_size} on "
+            f"{_devices(world_size)}: set data.micro_batch_size to one of {would_do}, or to auto"
         )
-    derived = total_batch_tokens // micro_tokens
+    derived = total_batch_tokens // (micro_batch_size * block_size * world_size)
     if typed not in (1, derived):
         raise ValueError(
             f"trainer.accumulate_grad_batches={typed} disagrees with data.total_batch_tokens={total_batch_tokens}, "
-            f"which takes {derived} micro-batches on {devices}: leave it out, it is derived"
+            f"which takes {derived} micro-batches on {_devices(world_size)}: leave it out, it is derived"
         )
     return derived
+
+
+def _devices(world_size: int) -> str:
+    return f"{world_size} device{'s' if world_size > 1 else ''}"

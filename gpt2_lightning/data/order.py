@@ -1,12 +1,13 @@
 """Which windows a step trains on: pure arithmetic on the step number, and the batch sampler that follows it.
 
 The data is N windows of ``block_size`` tokens (and the one token after them). Sample n of a run is window n mod N of
-epoch n div N, so nothing is dropped between epochs and a step may straddle two. Step s takes samples [s·S, (s+1)·S)
-with S = total_batch_tokens / block_size: micro-batch m of rank r takes B of them from s·S + (m·W + r)·B on. That is a
-matter of s alone, neither of the ranks W nor of the micro-batch B, the workers, or where a run was cut.
+epoch n div N, so nothing is dropped between epochs and a step may straddle two. Step s takes samples [S(s), S(s+1)),
+where S(s) counts those before it: s · total_batch_tokens / block_size, or less after a batch-size schedule.
+Micro-batch m of rank r takes B of them from S(s) + (m·W + r)·B on. That is a matter of s alone, neither of the ranks W
+nor of the micro-batch B, the workers, or where a run was cut.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -47,6 +48,13 @@ def windows_of(samples: np.ndarray, shard_windows: list[int], order: Order, seed
     return windows
 
 
+def windows_in_shards(lengths: Sequence[int], block_size: int) -> list[int]:
+    """How many windows begin in each shard of ``lengths`` tokens; the last token of all is only ever a target."""
+    n_windows = max(0, (sum(lengths) - 1) // block_size)
+    ends = np.minimum(-(-np.cumsum(lengths) // block_size), n_windows)
+    return np.diff(ends, prepend=0).tolist()
+
+
 def permute(i: np.ndarray, n: int, key: np.uint64) -> np.ndarray:
     """Where a pseudo-random permutation of 0 … n-1 puts each of ``i``: any place can be asked for without the others.
 
@@ -81,37 +89,39 @@ class StepBatchSampler(Sampler[list[int]]):
     Its length is that of the whole run, wherever it starts: Lightning counts batches from step 0 on.
 
     Args:
-        samples_per_step: S, over all ranks and micro-batches; a multiple of micro_batch_size · world_size.
-        micro_batch_size: B, samples per micro-batch and rank.
-        start_step: optimizer steps that a resumed run has behind it.
+        samples_before: step → samples of the run before it; what a step takes is a multiple of accumulate · world_size.
+        accumulate: micro-batches of each rank in a step. Where steps grow, the micro-batches grow, not their number.
         max_steps: optimizer steps of the whole run.
+        start_step: optimizer steps that a resumed run has behind it.
     """
 
     def __init__(
         self,
-        samples_per_step: int,
-        micro_batch_size: int,
+        samples_before: Callable[[int], int],
+        accumulate: int,
         max_steps: int,
         start_step: int = 0,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        assert samples_per_step % (micro_batch_size * world_size) == 0
-        self.samples_per_step = samples_per_step
-        self.micro_batch_size = micro_batch_size
+        self.samples_before = samples_before
+        self.accumulate = accumulate
         self.max_steps = max_steps
         self.start_step = start_step
         self.rank = rank
         self.world_size = world_size
 
     def __len__(self) -> int:
-        return self.max_steps * (self.samples_per_step // (self.micro_batch_size * self.world_size))
+        return self.max_steps * self.accumulate
 
     def __iter__(self) -> Iterator[list[int]]:
-        B = self.micro_batch_size
-        first = self.start_step * self.samples_per_step + self.rank * B
-        for start in range(first, self.max_steps * self.samples_per_step, B * self.world_size):
-            yield list(range(start, start + B))
+        for step in range(self.start_step, self.max_steps):
+            first = self.samples_before(step)
+            B, rest = divmod(self.samples_before(step + 1) - first, self.accumulate * self.world_size)
+            assert rest == 0
+            for m in range(self.accumulate):
+                start = first + (m * self.world_size + self.rank) * B
+                yield list(range(start, start + B))
 
 
 class EvalBatchSampler(Sampler[list[int]]):

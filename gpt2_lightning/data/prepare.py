@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 from tqdm import tqdm
@@ -31,6 +31,7 @@ from gpt2_lightning.data.shards import (
     write_shard,
 )
 from gpt2_lightning.data.sources import Source, canonical, local_bytes, open_source
+from gpt2_lightning.lock import try_lock
 from gpt2_lightning.tokenizer import RANKS_SHA256, get_tokenizer
 
 LOCK_NAME = ".lock"
@@ -216,28 +217,11 @@ def _refuse_other(out: Path, there: dict[str, Any], here: dict[str, Any]) -> Non
 def _lock(root: Path) -> Iterator[None]:
     """Holds ``root`` against other processes. The lock is the system's: it goes with its process, however that ends."""
     with (root / LOCK_NAME).open("wb") as file:
-        if not _try_lock(file):
+        if not try_lock(file):
             print(f"another process is preparing {root}: waiting for it to end", file=sys.stderr)
-            while not _try_lock(file):
+            while not try_lock(file):
                 time.sleep(0.5)
         yield
-
-
-def _try_lock(file: IO[bytes]) -> bool:
-    try:
-        if sys.platform == "win32":
-            import msvcrt
-
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
-            return False
-        raise
-    return True
 
 
 def _cannot_write(out: Path, error: OSError) -> str:

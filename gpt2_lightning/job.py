@@ -1,0 +1,107 @@
+"""A job around a run: the processes that a launcher started, the folder that they share, and what comes after them."""
+
+import os
+import subprocess
+from pathlib import Path
+from typing import IO, Literal
+
+import yaml
+from lightning.pytorch import Trainer
+
+from gpt2_lightning.lock import try_lock
+
+Resume = Literal["auto", "must", "never"]
+
+
+def is_first_process() -> bool:
+    """Whether this process is rank 0 of its job, by what torchrun, SLURM or Lightning's launcher told it."""
+    names = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID")
+    return all(int(os.environ.get(name) or 0) == 0 for name in names)
+
+
+def refuse_other_world(trainer: Trainer) -> None:
+    """Compares the processes that were started with those the trainer was told of; apart, each would train alone.
+
+    Raises:
+        ValueError: they differ, with the flags that agree.
+    """
+    asked = (trainer.num_devices, trainer.num_nodes)
+    if "WORLD_SIZE" in os.environ:
+        launcher, world = "torchrun", int(os.environ["WORLD_SIZE"])
+        devices = int(os.environ.get("LOCAL_WORLD_SIZE", min(world, asked[0])))
+    elif "SLURM_NTASKS" in os.environ and os.environ.get("SLURM_JOB_NAME") not in ("bash", "interactive"):
+        launcher, world = "SLURM", int(os.environ["SLURM_NTASKS"])
+        devices = world // int(os.environ.get("SLURM_NNODES", asked[1]))
+    else:
+        return
+    started = (devices, world // max(1, devices))
+    if started != asked or world != asked[0] * asked[1]:
+        raise ValueError(
+            f"{launcher} started {world} processes, {devices} on each of {started[1]} nodes, and the trainer is set to "
+            f"{asked[0]} devices on each of {asked[1]} nodes: give --trainer.devices {devices} --trainer.num_nodes "
+            f"{started[1]}{' --trainer.strategy ddp' if world > 1 else ''}, or start as many as that"
+        )
+
+
+def claim(run_dir: Path) -> IO[bytes]:
+    """Takes a run's folder for this job, and makes it where it is not there; closing the file gives it back.
+
+    Raises:
+        ValueError: another job has it, or it cannot be written to.
+    """
+    checkpoints = run_dir / "checkpoints"
+    try:
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        file = (run_dir / ".lock").open("ab")
+    except OSError as error:
+        raise ValueError(_cannot_write(run_dir, error.strerror)) from None
+    if not os.access(checkpoints, os.W_OK | os.X_OK):
+        raise ValueError(_cannot_write(checkpoints, "it is read-only"))
+    if not try_lock(file):
+        file.close()
+        raise ValueError(
+            f"another `gpt2 fit` is running in {run_dir}: wait until it has ended, or choose another run_dir"
+        )
+    return file
+
+
+def _cannot_write(path: Path, reason: str | None) -> str:
+    return f"{path} cannot be written to ({reason}): give this user the right to, or choose another run_dir"
+
+
+def checkpoint_to_resume(run_dir: Path, resume: Resume) -> Path | None:
+    """The checkpoint that a run in this folder goes on from, None where it begins.
+
+    Raises:
+        ValueError: ``resume`` is must and there is none, or never and there is one.
+    """
+    folder = run_dir / "checkpoints"
+    last = folder / "last.ckpt"
+    found = last if last.exists() else max(folder.glob("step_*.ckpt"), default=None)
+    if resume == "never" and found is not None:
+        raise ValueError(f"{found} exists and resume is never: choose another run_dir, or --resume auto to go on")
+    if resume == "must" and found is None:
+        raise ValueError(f"{last} does not exist and resume is must: check run_dir, or --resume auto to start")
+    return found
+
+
+def refuse_other_seed(run_dir: Path, seed: int | bool) -> None:
+    """Compares ``seed_everything`` with that of the run's first start: the weights were drawn with it, and stay.
+
+    Raises:
+        ValueError: they differ.
+    """
+    first = run_dir / "config.yaml"
+    began = yaml.safe_load(first.read_text()).get("seed_everything") if first.exists() else seed
+    if type(began) is type(seed) is int and began != seed:
+        raise ValueError(
+            f"the run in {run_dir} began with seed_everything={began}, not {seed}: give that one, or another run_dir"
+        )
+
+
+def requeue() -> None:
+    """Puts this SLURM job, or its task of an array, back into the queue."""
+    array = os.environ.get("SLURM_ARRAY_JOB_ID")
+    job = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else os.environ["SLURM_JOB_ID"]
+    done = subprocess.run(["scontrol", "requeue", job], check=False)
+    print(f"SLURM: job {job} {'is back in the queue' if done.returncode == 0 else 'could not be requeued'}")
