@@ -93,10 +93,14 @@ def _prepare(args: list[str]) -> None:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--source", nargs="+", help="fineweb-edu, stdlib, ORG/NAME on the hub, or local files and globs")
     what.add_argument("--verify", metavar="DIR", help="check every shard in DIR against its manifest instead")
-    what.add_argument("--show", metavar="DIR", help="print training windows of DIR as text instead")
+    what.add_argument("--show", metavar="DIR", help="print training data as text instead; DIR is its folder or a run's")
+    parser.add_argument("--step", type=int, help="show what this step of the run in DIR trains on (see --seed)")
     parser.add_argument("--first", type=int, default=0, help="first window to show (default: 0)")
     parser.add_argument("--count", type=int, default=1, help="how many to show (default: 1)")
     parser.add_argument("--block_size", type=int, default=1024, help="tokens in each (default: 1024)")
+    parser.add_argument("--total_batch_tokens", type=int, default=524288, help="tokens of a step (default: 524288)")
+    parser.add_argument("--order", choices=("sequential", "shuffled"), default="sequential", help="of the windows")
+    parser.add_argument("--seed", type=int, default=1337, help="of the order; a run's folder knows these four itself")
     parser.add_argument("--out", metavar="DIR", help="folder of the shards")
     parser.add_argument("--name", help="configuration of a hub dataset, such as sample-10BT")
     parser.add_argument("--revision", help="branch, tag or commit of a hub dataset")
@@ -112,9 +116,16 @@ def _prepare(args: list[str]) -> None:
         print(f"{given.verify}: {len(manifest.shards)} shards as their manifest says")
         return
     if given.show:
-        from gpt2_lightning.data.prepare import show
+        from gpt2_lightning.data.show import StepData, of_run, show_step, show_windows
 
-        print(show(Path(given.show), "train", given.first, given.count, given.block_size))
+        folder = Path(given.show)
+        if given.step is None:
+            print(show_windows(folder, given.first, given.count, given.block_size))
+        elif any(folder.glob("config*.yaml")):
+            print(show_step(given.step, of_run(folder, given.block_size)))
+        else:
+            data = StepData(folder, given.block_size, given.total_batch_tokens, given.order, given.seed)
+            print(show_step(given.step, data))
         return
     if not given.out:
         parser.error("--source needs --out DIR, the folder to write the shards to")

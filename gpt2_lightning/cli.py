@@ -137,7 +137,10 @@ class CLI(LightningCLI):
             callbacks = [StepProgressBar(), *callbacks]
         if fit:  # StopOnSignal before those that evaluate
             callbacks = [StopOnSignal(), StepMetrics(), AutoMicroBatch(), *callbacks]
-        trainer = super()._instantiate_trainer(config, callbacks)
+        try:
+            trainer = super()._instantiate_trainer(config, callbacks)
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(f"the trainer cannot be set up so: {error}") from error
         refuse_other_world(trainer)
         return trainer
 

@@ -113,7 +113,7 @@ def batch_size_stages(total_batch_tokens: int, schedule: BatchSizeSchedule | Non
     for k in range(1, doublings + 1):
         step, token, step_tokens = stages[-1]
         # where the line from start_tokens at 0 to total_batch_tokens at ramp_tokens passes start · 2^k
-        due = schedule.ramp_tokens * ((1 << k) - 1) / ((1 << doublings) - 1)
+        due = schedule.ramp_tokens * (((1 << k) - 1) / ((1 << doublings) - 1))
         steps = max(0, math.ceil((due - token) / step_tokens))
         stages.append(Stage(step + steps, token + steps * step_tokens, start << k))
     return stages

@@ -57,7 +57,7 @@ def write_recipe(tmp_path: Path) -> Callable[..., Path]:
             "run_dir": str(tmp_path / "run"),
         }
         for section, values in changes.items():
-            recipe[section] = recipe[section] | values if isinstance(values, dict) else values
+            recipe[section] = recipe.get(section, {}) | values if isinstance(values, dict) else values
         path = tmp_path / f"{name}.yaml"
         path.write_text(yaml.safe_dump(recipe))
         return path

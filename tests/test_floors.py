@@ -26,6 +26,7 @@ FLOORS = {
     "data.documents": 1,
     "data.encode": 1,
     "data.prepare": 1,
+    "data.show": 1,
     "evals.hellaswag": 1,
     "module": 2,
     "data.datamodule": 2,
@@ -101,7 +102,7 @@ def test_heavy_libraries_stay_where_they_belong(module):
 
 
 def test_network_data_and_optimizer_do_not_know_each_other():
-    for module in ("model", "optim", "data.shards", "data.order", "data.prepare", "data.datamodule"):
+    for module in ("model", "optim", "data.shards", "data.order", "data.prepare", "data.show", "data.datamodule"):
         others = {"model", "optim", "module"} if module.startswith("data") else {"optim", "model", "data"} - {module}
         for name, _ in _imports(MODULES[module]):
             assert name.removeprefix("gpt2_lightning.").split(".")[0] not in others, f"{module} imports {name}"

@@ -18,8 +18,9 @@ import pytest
 from gpt2_lightning.data import prepare as prepare_module
 from gpt2_lightning.data import shards, sources
 from gpt2_lightning.data.encode import _LONG_RUN_END, encode
-from gpt2_lightning.data.prepare import ensure_prepared, prepare, show
+from gpt2_lightning.data.prepare import ensure_prepared, prepare
 from gpt2_lightning.data.shards import Manifest, TokenStream, list_shards, read_manifest, verify
+from gpt2_lightning.data.show import show_windows
 from gpt2_lightning.tokenizer import get_tokenizer
 
 EOT = 50256
@@ -456,7 +457,7 @@ def test_options_that_make_no_sense_are_refused(tmp_path: Path, corpus: str, opt
 
 def test_show_prints_windows_as_text(tmp_path: Path) -> None:
     _make(_jsonl(tmp_path / "a.jsonl", ["val", " a b c d e f g"]), tmp_path / "out")
-    shown = show(tmp_path / "out", "train", 1, 5, 3)
+    shown = show_windows(tmp_path / "out", 1, 5, 3)
     assert shown == "── train window 1 ──\n c d e"
 
 

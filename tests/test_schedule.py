@@ -1,13 +1,23 @@
-"""The learning rate of each step, to the last bit."""
+"""The learning rate of each step to the last bit, and the tokens of each step."""
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from gpt2_lightning.schedule import WarmupCosine, warmup_cosine
+from gpt2_lightning.schedule import (
+    BatchSizeSchedule,
+    Stage,
+    WarmupCosine,
+    batch_size_stages,
+    tokens_before,
+    warmup_cosine,
+)
 
 GOLDEN = Path(__file__).parent / "data" / "golden_fp32" / "curve.json"
 
@@ -57,3 +67,38 @@ def test_a_decay_that_ends_before_the_warmup_is_refused():
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     with pytest.raises(ValueError, match="lower warmup_steps or raise max_steps"):
         WarmupCosine(optimizer, warmup_steps=10, max_steps=5)
+
+
+def test_the_batch_doubles_along_gpt3s_line():
+    # from 2 tokens to 16 over 70: the line passes 4, 8 and 16 at 10, 30 and 70 tokens
+    stages = batch_size_stages(16, BatchSizeSchedule(2, 70))
+    assert stages == [(0, 0, 2), (5, 10, 4), (10, 30, 8), (15, 70, 16)]
+    assert [tokens_before(s, stages) for s in (0, 1, 5, 6, 15, 17)] == [0, 2, 10, 14, 70, 102]
+    assert batch_size_stages(16, None) == [(0, 0, 16)]
+    assert tokens_before(1000, [Stage(0, 0, 16)]) == 16_000
+
+
+def test_gpt3s_own_ramp():
+    stages = batch_size_stages(524288, BatchSizeSchedule(32768, 4e9))
+    assert [stage.step_tokens for stage in stages] == [32768, 65536, 131072, 262144, 524288]
+    assert 4e9 <= stages[-1].first_token < 4e9 + 262144  # the full size from the first step after 4B tokens on
+
+
+@given(st.integers(0, 6), st.integers(1, 64), st.floats(1, 1e6))
+def test_each_step_of_a_ramp_has_its_stages_tokens_and_never_shrinks(doublings, start, ramp):
+    stages = batch_size_stages(start << doublings, BatchSizeSchedule(start, ramp))
+    last = stages[-1].first_step
+    steps = sorted({0, 1, last // 2, last - 1, last, last + 1} & set(range(last + 2)))
+    sizes = [tokens_before(s + 1, stages) - tokens_before(s, stages) for s in steps]
+    assert sizes == sorted(sizes)
+    assert sizes[-1] == start << doublings
+    assert set(sizes) <= {start << k for k in range(doublings + 1)}
+    assert tokens_before(last, stages) >= ramp * (doublings > 0)
+
+
+@pytest.mark.parametrize(
+    ("start", "ramp", "part"), [(3, 10, "one of [16, 8, 4, 2, 1]"), (0, 10, "doubling"), (4, 0, "ramp_tokens is 0")]
+)
+def test_a_ramp_that_leads_nowhere_is_refused(start, ramp, part):
+    with pytest.raises(ValueError, match=re.escape(part)):
+        batch_size_stages(16, BatchSizeSchedule(start, ramp))

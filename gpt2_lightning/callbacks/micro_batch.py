@@ -1,6 +1,5 @@
 """The micro-batch that fits, where ``data.micro_batch_size`` is auto: found before the first step, then left alone."""
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from gpt2_lightning.data.datamodule import TokenDataModule
@@ -19,7 +18,9 @@ class AutoMicroBatch(Callback):
         assert isinstance(data, TokenDataModule)
         if not data.auto_micro_batch:
             return
-        while pl_module.device.type != "cpu" and not self._fits_everywhere(trainer, pl_module, data.micro_batch_size):
+        while pl_module.device.type != "cpu" and not trainer.strategy.reduce_boolean_decision(
+            pl_module.fits(data.micro_batch_size)
+        ):
             smaller = data.micro_batches(data.micro_batch_size // 2)[-1]
             if smaller >= data.micro_batch_size:
                 raise ValueError(
@@ -30,8 +31,3 @@ class AutoMicroBatch(Callback):
         pl_module.print(
             f"micro_batch_size: auto takes {data.micro_batch_size}, {trainer.accumulate_grad_batches} to a step"
         )
-
-    @staticmethod
-    def _fits_everywhere(trainer: Trainer, module: GPTModule, micro_batch_size: int) -> bool:
-        fits = torch.tensor(int(module.fits(micro_batch_size)), device=module.device)
-        return bool(trainer.strategy.reduce(fits, reduce_op="min"))

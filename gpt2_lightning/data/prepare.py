@@ -22,17 +22,15 @@ from gpt2_lightning.data.shards import (
     Manifest,
     ShardEntry,
     Split,
-    TokenStream,
     check_sizes,
     find_shards,
-    list_shards,
     read_manifest,
     write_manifest,
     write_shard,
 )
 from gpt2_lightning.data.sources import Source, canonical, local_bytes, open_source
 from gpt2_lightning.lock import try_lock
-from gpt2_lightning.tokenizer import RANKS_SHA256, get_tokenizer
+from gpt2_lightning.tokenizer import RANKS_SHA256
 
 LOCK_NAME = ".lock"
 
@@ -171,20 +169,6 @@ def ensure_prepared(source: str | list[str], root: Path) -> None:
             prepare(source, root)
     else:
         prepare(source, root, **{key: value for key, value in manifest.options.items() if key != "source"})
-
-
-def show(root: Path, split: Split, first: int, count: int, block_size: int) -> str:
-    """Windows ``first`` to ``first + count`` of a split in file order as text, each under a line with its number."""
-    stream = TokenStream(list_shards(root, split))
-    n_windows = len(stream) // block_size
-    if not 0 <= first < n_windows:
-        raise ValueError(
-            f"there is no {split} window {first} in {root}: it has 0 to {n_windows - 1} of {block_size} tokens"
-        )
-    last = min(first + count, n_windows)
-    windows = stream.windows(np.arange(first, last) * block_size, block_size)
-    texts = (get_tokenizer().decode(window.tolist()) for window in windows)
-    return "\n".join(f"── {split} window {number} ──\n{text}" for number, text in enumerate(texts, first))
 
 
 def _cores() -> int:

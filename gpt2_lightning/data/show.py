@@ -1,0 +1,80 @@
+"""Training data as text: windows by their number, or what a step of a run saw, to look behind a spike of its loss."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+from gpt2_lightning.data.order import Order, windows_in_shards, windows_of
+from gpt2_lightning.data.shards import TokenStream, list_shards
+from gpt2_lightning.schedule import BatchSizeSchedule, batch_size_stages, tokens_before
+from gpt2_lightning.tokenizer import get_tokenizer
+
+
+@dataclass(frozen=True)
+class StepData:
+    """What decides the tokens of a step; the names are those of a recipe's ``data`` section."""
+
+    root: Path
+    block_size: int = 1024
+    total_batch_tokens: int = 524288
+    order: Order = "sequential"
+    seed: int = 1337
+    batch_size_schedule: BatchSizeSchedule | None = None
+
+
+def of_run(run_dir: Path, block_size: int) -> StepData:
+    """The settings of a run's last start, by the config it left; ``block_size`` where that took the weights' own."""
+    config = yaml.safe_load(max(run_dir.glob("config*.yaml"), key=lambda path: path.stat().st_mtime_ns).read_text())
+    data, shape = config["data"], config["model"]["config"] or {}
+    schedule = data["batch_size_schedule"]
+    return StepData(
+        Path(data["root"]),
+        shape.get("block_size", block_size),
+        data["total_batch_tokens"],
+        data["order"],
+        data["seed"],
+        schedule and BatchSizeSchedule(**schedule),
+    )
+
+
+def show_step(step: int, data: StepData) -> str:
+    """The samples of a step as text, each under a line that says which window of the training split it is.
+
+    Raises:
+        ValueError: there is no such step or no such data.
+    """
+    if step < 0:
+        raise ValueError(f"step is {step}: give the number of an optimizer step, from 0")
+    stages = batch_size_stages(data.total_batch_tokens, data.batch_size_schedule)
+    first, end = (tokens_before(s, stages) // data.block_size for s in (step, step + 1))
+    stream = TokenStream(list_shards(data.root, "train"))
+    counts = windows_in_shards(stream.lengths, data.block_size)
+    if sum(counts) == 0:
+        raise ValueError(f"{data.root} has no training window of {data.block_size} tokens: lower --block_size")
+    samples = np.arange(first, end)
+    windows = windows_of(samples, counts, data.order, data.seed)
+    heads = [f"step {step}, sample {i}: train window {w}" for i, w in zip(samples, windows, strict=True)]
+    return _as_text(stream, windows, data.block_size, heads)
+
+
+def show_windows(root: Path, first: int, count: int, block_size: int) -> str:
+    """Windows ``first`` to ``first + count`` of the training split in file order as text, each under its number.
+
+    Raises:
+        ValueError: there are none.
+    """
+    stream = TokenStream(list_shards(root, "train"))
+    n_windows = len(stream) // block_size
+    if not 0 <= first < n_windows:
+        raise ValueError(
+            f"there is no train window {first} in {root}: it has 0 to {n_windows - 1} of {block_size} tokens"
+        )
+    windows = np.arange(first, min(first + count, n_windows))
+    return _as_text(stream, windows, block_size, [f"train window {window}" for window in windows])
+
+
+def _as_text(stream: TokenStream, windows: np.ndarray, block_size: int, heads: list[str]) -> str:
+    texts = (get_tokenizer().decode(tokens.tolist()) for tokens in stream.windows(windows * block_size, block_size))
+    return "\n".join(f"── {head} ──\n{text}" for head, text in zip(heads, texts, strict=True))

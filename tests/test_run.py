@@ -1,0 +1,236 @@
+"""One run: what stops it, where it goes on, and who may write into its folder. In this process; see test_job.py."""
+
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from gpt2_lightning.__main__ import main
+from gpt2_lightning.callbacks.log_txt import LogTxt
+from gpt2_lightning.job import claim, is_first_process
+
+SCHEDULE = {
+    "class_path": "gpt2_lightning.schedule.WarmupCosine",
+    "init_args": {"warmup_steps": 2, "max_steps": 8, "min_lr": 3e-4},
+}
+
+
+def _flip(path: Path, at: float = 0.5) -> None:
+    """One bit of a file, the way a bad disk does it; in place, so that its other names see it too."""
+    with path.open("r+b") as file:
+        file.seek(int(path.stat().st_size * at))
+        byte = file.read(1)[0]
+        file.seek(-1, 1)
+        file.write(bytes([byte ^ 1]))
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "empty"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_offered(
+    damage, make_shards, write_recipe, read_scalars, tmp_path, capsys
+):
+    root = make_shards()
+    args = [
+        "fit",
+        "--config",
+        str(write_recipe(root, model={"lr_scheduler": SCHEDULE}, checkpoint={"every_n_steps": 2})),
+    ]
+    assert main([*args, "--trainer.max_steps", "8", "--run_dir", "whole"]) == 0
+    assert main([*args, "--trainer.max_steps", "6"]) == 0
+    folder = tmp_path / "run" / "checkpoints"
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if "4" in path.name}
+    last = folder / "last.ckpt"
+    if damage == "flip":
+        _flip(last)
+    else:
+        with last.open("r+b") as file:
+            file.truncate(1000 if damage == "cut" else 0)
+    capsys.readouterr()
+    assert main([*args, "--trainer.max_steps", "8"]) == 1
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 1
+    offer = f"--ckpt_path {folder / 'step_000004.ckpt'}"
+    assert said[0].startswith(f"gpt2 fit: error: {last} is damaged (")
+    assert offer in said[0]
+    assert {path.name: path.read_bytes() for path in folder.iterdir() if "4" in path.name} == before
+    assert main([*args, "--trainer.max_steps", "8", *offer.split()]) == 0
+    assert read_scalars(tmp_path / "run")["train/loss"] == read_scalars(Path("whole"))["train/loss"]
+
+
+def test_several_starts_make_one_line(make_shards, write_recipe, read_scalars, tmp_path, capsys):
+    """A start that goes on from step 4 makes steps 4 and 5 again: they stand there once."""
+    recipe = write_recipe(make_shards(), model={"lr_scheduler": SCHEDULE}, checkpoint={"every_n_steps": 4})
+    args = ["fit", "--config", str(recipe), "--validation.every_n_steps", "2"]
+    assert main([*args, "--trainer.max_steps", "8", "--run_dir", "whole"]) == 0
+    assert main([*args, "--trainer.max_steps", "6"]) == 0
+    capsys.readouterr()
+    earlier = str(tmp_path / "run" / "checkpoints" / "step_000004.ckpt")
+    assert main([*args, "--trainer.max_steps", "8", "--ckpt_path", earlier]) == 0
+    assert f"resuming from {earlier} at step 4" in capsys.readouterr().out
+    events = EventAccumulator(str(tmp_path / "run"), size_guidance={"scalars": 0}).Reload()
+    for tag, expected in (("val/loss", [0, 2, 4, 6, 8]), ("train/tokens", [0, 1, 2, 3, 4, 5, 6, 7])):
+        steps = [event.step for event in events.Scalars(tag)]
+        assert sorted(set(steps)) == expected
+        assert len(steps) <= len(expected) + 1  # TensorBoard drops what follows the resumed step
+    assert (tmp_path / "run" / "log.txt").read_text() == Path("whole/log.txt").read_text()
+    assert sorted(path.name for path in (tmp_path / "run").glob("config*.yaml")) == ["config.yaml", "config_1.yaml"]
+
+
+def test_log_txt_drops_what_comes_again(tmp_path):
+    (tmp_path / "log.txt").write_text(
+        "0 val 9.0000\n0 train 9.0\n1 val 8.0000\n1 train 8.0\n2 val 7.0000\n2 train 7.0\n"
+    )
+    log = LogTxt(tmp_path, resumed_step=1)
+    log.log_metrics({"train/loss": 7.5}, 1)
+    log.log_metrics({"val/loss": 6.5}, 2)
+    assert (tmp_path / "log.txt").read_text().splitlines() == [
+        "0 val 9.0000", "0 train 9.0", "1 val 8.0000", "1 train 7.500000", "2 val 6.5000"
+    ]  # fmt: skip
+
+
+def test_best_is_the_checkpoint_with_the_lowest_validation_loss(make_shards, write_recipe, read_scalars, tmp_path):
+    # memorises 17 windows and so forgets the rest: the loss falls, then rises
+    recipe = write_recipe(
+        make_shards(train=300),
+        trainer={"max_steps": 60},
+        validation={"every_n_steps": 10},
+        checkpoint={"every_n_steps": 20},
+    )
+    args = ["fit", "--config", str(recipe), "--model.optimizer.lr", "0.05"]
+    assert main([*args, "--trainer.max_steps", "40"]) == 0
+    assert main(args) == 0
+    losses = read_scalars(tmp_path / "run")["val/loss"]
+    lowest = min((20, 40, 60), key=lambda step: losses[step])
+    assert lowest != 60, "it was to overfit"
+    folder = tmp_path / "run" / "checkpoints"
+    assert (folder / "best.ckpt").samefile(folder / f"step_{lowest:06d}.ckpt")
+    assert (folder / "last.ckpt").samefile(folder / "step_000060.ckpt")
+    last = torch.load(folder / "last.ckpt", weights_only=True)
+    best = next(state["best_val_loss"] for state in last["callbacks"].values() if "best_val_loss" in state)
+    assert best == pytest.approx(losses[lowest])
+
+
+def test_a_finished_run_says_so(make_shards, write_recipe, capsys):
+    args = ["fit", "--config", str(write_recipe(make_shards()))]
+    assert main(args) == 0
+    assert "is finished" not in capsys.readouterr().out
+    assert main(args) == 0
+    assert "this run is finished, raise trainer.max_steps=6 to go on" in capsys.readouterr().out
+
+
+def test_a_run_stopped_by_time_goes_on_as_if_it_had_not_been(make_shards, write_recipe, read_scalars, tmp_path):
+    root = make_shards()
+    schedule = {**SCHEDULE, "init_args": SCHEDULE["init_args"] | {"max_steps": 10_000}}
+    recipe = write_recipe(root, model={"lr_scheduler": schedule}, validation={"every_n_steps": 0})
+    args = ["fit", "--config", str(recipe), "--checkpoint.every_n_steps", "100000"]
+    assert main([*args, "--trainer.max_steps", "10000", "--trainer.max_time", "00:00:00:01"]) == 0
+    stopped = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
+    assert 0 < stopped < 10_000
+    end = str(stopped + 3)
+    assert main([*args, "--trainer.max_steps", end]) == 0
+    assert main([*args, "--trainer.max_steps", end, "--run_dir", "whole"]) == 0
+    cut, whole = read_scalars(tmp_path / "run"), read_scalars(Path("whole"))
+    assert list(cut["train/loss"]) == list(range(stopped + 3))
+    for tag in ("train/loss", "train/lr", "train/grad_norm"):
+        assert cut[tag] == whole[tag]
+
+
+def test_what_a_resumed_run_cannot_obey_is_refused(make_shards, write_recipe, capsys):
+    recipe = write_recipe(make_shards())
+    assert main(["fit", "--config", str(recipe)]) == 0
+    for change, part in (
+        (["--seed_everything", "7"], "began with seed_everything=1337, not 7"),
+        (
+            ["--data.batch_size_schedule.start_tokens", "64", "--data.batch_size_schedule.ramp_tokens", "100"],
+            "batch_size_schedule=None, not {'start_tokens': 64, 'ramp_tokens': 100",
+        ),
+    ):
+        capsys.readouterr()
+        assert main(["fit", "--config", str(recipe), "--trainer.max_steps", "9", *change]) == 1
+        said = capsys.readouterr().err.strip().splitlines()[-1]
+        assert part in said
+        assert "another run_dir" in said
+
+
+def test_without_last_ckpt_the_newest_step_is_taken(make_shards, write_recipe, tmp_path, capsys):
+    args = ["fit", "--config", str(write_recipe(make_shards()))]
+    assert main([*args, "--trainer.max_steps", "3"]) == 0
+    (tmp_path / "run" / "checkpoints" / "last.ckpt").unlink()
+    capsys.readouterr()
+    assert main([*args, "--resume", "must"]) == 0
+    assert re.search(r"resuming from .*step_000003.ckpt at step 3", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ("environment", "flags", "part"),
+    [
+        ({"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}, [], "torchrun started 2 processes, 2 on each of 1 nodes"),
+        (
+            {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"},
+            ["--trainer.devices", "2", "--trainer.strategy", "ddp"],
+            "give --trainer.devices 2 --trainer.num_nodes 2 --trainer.strategy ddp",
+        ),
+        (
+            {"WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"},
+            ["--trainer.devices", "2", "--trainer.strategy", "ddp"],
+            "give --trainer.devices 1 --trainer.num_nodes 1,",
+        ),
+        ({"SLURM_NTASKS": "8"}, [], "Use `--ntasks-per-node=8` instead"),
+        (
+            {"SLURM_NTASKS": "8", "SLURM_NTASKS_PER_NODE": "4", "SLURM_NNODES": "2"},
+            [],
+            "SLURM started 8 processes, 4 on each of 2 nodes",
+        ),
+    ],
+)
+def test_a_launcher_that_contradicts_the_trainer(
+    environment, flags, part, make_shards, write_recipe, monkeypatch, capsys
+):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert main(["fit", "--config", str(write_recipe(make_shards())), *flags]) == 1
+    said = capsys.readouterr().err.strip().splitlines()
+    assert part in said[-1]
+    assert "Traceback" not in "".join(said)
+
+
+def test_one_process_of_a_job_is_the_first(monkeypatch):
+    assert is_first_process()
+    for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID"):
+        monkeypatch.setenv(name, "0")
+    assert is_first_process()
+    for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID"):
+        with monkeypatch.context() as context:
+            context.setenv(name, "1")
+            assert not is_first_process(), name
+
+
+def test_a_run_folder_that_cannot_be_written_is_refused_at_start(make_shards, write_recipe, tmp_path, capsys):
+    recipe = write_recipe(make_shards())
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "checkpoints").write_text("a file where the folder should be")
+    assert main(["fit", "--config", str(recipe)]) == 1
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 1
+    assert f"{run} cannot be written to" in said[0]
+    assert "choose another run_dir" in said[0]
+
+
+def test_a_claimed_folder_is_given_back_when_its_file_is_closed(tmp_path):
+    with claim(tmp_path / "run"):
+        assert (tmp_path / "run" / "checkpoints").is_dir()
+    claim(tmp_path / "run").close()
+
+
+def test_precision_intervals_and_micro_batch_are_obeyed_on_resume(make_shards, write_recipe, read_scalars, tmp_path):
+    args = ["fit", "--config", str(write_recipe(make_shards()))]
+    assert main([*args, "--trainer.max_steps", "3"]) == 0
+    changes = ["--trainer.precision", "bf16-mixed", "--validation.every_n_steps", "2", "--data.micro_batch_size", "2"]
+    assert main([*args, "--trainer.max_steps", "7", *changes]) == 0
+    logged = read_scalars(tmp_path / "run")
+    assert list(logged["val/loss"]) == [0, 3, 4, 6, 7]
+    assert list(logged["train/loss"]) == list(range(7))
+    assert all(math.isfinite(loss) for loss in logged["train/loss"].values())
