@@ -78,6 +78,16 @@ def _sentence(error: BaseException | None) -> str | None:
         ours = any(Path(frame.filename).is_relative_to(Path(__file__).parent) for frame in innermost)
         if type(error).__name__ == "MisconfigurationException" or (ours and isinstance(error, ValueError | OSError)):
             return " ".join(str(error).split())
+        if type(error).__name__.startswith("Dist") or "gloo" in str(error):
+            return (
+                f"another process of this job is gone ({str(error).splitlines()[0]}): look at what it said itself, and "
+                "start the same command again"
+            )
+        if "out of memory" in str(error):
+            return (
+                f"the device is out of memory ({str(error).splitlines()[0]}): lower data.micro_batch_size or set it to "
+                "auto, the steps stay the same"
+            )
         error = error.__cause__  # what a library wraps into an error of its own
     return None
 

@@ -124,6 +124,16 @@ class StepCheckpoint(EveryNSteps, Checkpoint):
         self._rewrite_progress(trainer)  # AutoMicroBatch may have changed the accumulation
         self.resumed = None
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        step = torch.tensor(trainer.global_step, device=pl_module.device)
+        latest, earliest = (int(trainer.strategy.reduce(s, reduce_op="max")) for s in (step, -step))
+        if latest != -earliest:
+            raise ValueError(
+                f"some processes go on from step {latest} and others from {-earliest}: run_dir has to be a folder that "
+                "all nodes share"
+            )
+        super().on_train_start(trainer, pl_module)
+
     def _rewrite_progress(self, trainer: Trainer) -> None:
         """Lightning's counters as they stand in the middle of its one epoch, after the step that was saved.
 
