@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -61,10 +62,19 @@ def main(args: Sequence[str] | None = None) -> int:
         sentence = _sentence(error)
         if sentence is None:
             raise
-        if os.environ.get("LOCAL_RANK", "0") == "0":
+        if not _said_by_the_first_rank():
             print(f"gpt2 {command}: error: {sentence}", file=sys.stderr)
         return 1
     return 0
+
+
+def _said_by_the_first_rank() -> bool:
+    """Whether rank 0 speaks for this process: given a moment, it will have ended over the same error."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        return False
+    parent = os.getppid()  # rank 0 under Lightning's launcher; torchrun's agent ends this process when rank 0 has ended
+    time.sleep(3)
+    return os.getppid() != parent
 
 
 def _sentence(error: BaseException | None) -> str | None:

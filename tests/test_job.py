@@ -151,6 +151,15 @@ def test_a_signal_to_one_of_two_ranks_stops_both(which, recipe):
     assert f"at step {stopped}" in out
 
 
+def test_torchrun_without_a_strategy_is_refused_and_said_once(recipe):
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [sys.executable, *torchrun, "-m", "gpt2_lightning", "fit", "--config", str(recipe)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0
+    assert done.stderr.count("gpt2 fit: error: torchrun started 2 processes") == 1, done.stderr
+    assert "give --trainer.devices 2 --trainer.num_nodes 1 --trainer.strategy ddp" in done.stderr
+
+
 def test_slurm_gets_its_job_back_into_the_queue(recipe, tmp_path):
     scontrol = tmp_path / "bin" / "scontrol"
     scontrol.parent.mkdir()
