@@ -187,7 +187,7 @@ def _generate(args: list[str]) -> None:
             f"{given.path} has a vocabulary of {model.config.vocab_size} ids, which is not GPT-2's: its text cannot be "
             "written; train with model.config.vocab_size=50304 on GPT-2 tokens"
         )
-    prompt = get_tokenizer().encode_ordinary(text)
+    prompt = get_tokenizer().encode(text, allowed_special="all")  # <|endoftext|> begins a text of its own
     stream = TextStream()
     for i in range(given.num_samples):
         pending = [f"--- sample {i}\n" if given.num_samples > 1 else "", text]  # printed once the prompt is found good
@@ -233,7 +233,7 @@ def _hellaswag(args: list[str]) -> None:
         figures = {"n": score.n, "acc": score.acc, "acc_norm": score.acc_norm, "stderr": score.stderr}
         print(json.dumps(figures | {"style": given.style, "examples": examples.tag}))
     else:
-        print(f"{given.path} on {examples.tag}, {given.style} style: {score}")
+        print(f"{given.path} on {examples.name}, {given.style} style: {score}")
 
 
 def _export(args: list[str]) -> None:

@@ -23,6 +23,8 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "add_cross_attention": (False,),
     "tie_word_embeddings": (True,),
 }
+# the shape of a config.json that does not tell it: GPT-2 (124M)
+_DEFAULT_SHAPE = {"n_positions": 1024, "vocab_size": 50257, "n_layer": 12, "n_head": 12, "n_embd": 768}
 # the files that may hold the weights, in the order of preference
 _WEIGHT_FILES = (
     "model.safetensors",
@@ -86,18 +88,14 @@ def _read_config(path: Path) -> GPTConfig:
     for key, allowed in _FIXED.items():
         if config.get(key, allowed[0]) not in allowed:
             raise ValueError(f"{path} has {key} = {config[key]!r}: GPT-2 as published has {allowed[0]!r}")
-    n_embd = config.get("n_embd", 768)
-    if config.get("n_inner") not in (None, 4 * n_embd):
+    shape = {key: config.get(key, default) for key, default in _DEFAULT_SHAPE.items()}
+    if wrong := [f"{key} = {value!r}" for key, value in shape.items() if type(value) is not int]:
+        raise ValueError(f"{path} has {', '.join(wrong)}, where a whole number belongs: it is damaged")
+    if config.get("n_inner") not in (None, 4 * shape["n_embd"]):
         raise ValueError(
-            f"{path} has n_inner = {config['n_inner']!r}: GPT-2 as published has 4 · n_embd = {4 * n_embd}"
+            f"{path} has n_inner = {config['n_inner']!r}: GPT-2 as published has 4 · n_embd = {4 * shape['n_embd']}"
         )
-    return GPTConfig(
-        block_size=config.get("n_positions", 1024),
-        vocab_size=config.get("vocab_size", 50257),
-        n_layer=config.get("n_layer", 12),
-        n_head=config.get("n_head", 12),
-        n_embd=n_embd,
-    )
+    return GPTConfig(block_size=shape.pop("n_positions"), **shape)
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
@@ -173,5 +171,8 @@ def download(name: str, revision: str | None) -> Path:
             )
     except (OSError, HfHubHTTPError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"{name} is no path here, and the Hugging Face hub does not give it: {reason}") from None
+        raise ValueError(
+            f"{name} is no path here, and the Hugging Face hub does not give it ({reason}): check the name and the "
+            "connection, or give a folder"
+        ) from None
     return folder

@@ -81,7 +81,8 @@ def _figures(checkpoint: Path) -> dict[str, str]:
     """What the run had measured when it wrote ``checkpoint``: its steps, and the last values of its TensorBoard log."""
     if checkpoint.suffix != ".ckpt":
         return {}
-    step = hf.torch_load(checkpoint).get("global_step")
+    saved = hf.torch_load(checkpoint)
+    step = saved.get("global_step")
     if step is None:  # weights alone, in a checkpoint's layout
         return {}
     figures = {"checkpoint": checkpoint.name, "optimizer steps": f"{step:,}"}
@@ -90,11 +91,13 @@ def _figures(checkpoint: Path) -> dict[str, str]:
         return figures
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    examples = saved.get("callbacks", {}).get("HellaSwag", {}).get("examples", "rows unknown")
     log = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
     for tag in sorted(log.Tags()["scalars"]):
         points = [event for event in log.Scalars(tag) if event.step <= step]
-        if points and (tag.startswith(("val/", "hellaswag/")) or tag in ("train/loss", "train/tokens")):
-            figures[tag] = f"{points[-1].value:,.4f}".removesuffix(".0000") + f" (step {points[-1].step:,})"
+        if points and (tag.startswith(("val/", "hellaswag")) or tag in ("train/loss", "train/tokens")):
+            where = f"step {points[-1].step:,}" + (f"; {examples}" if tag.startswith("hellaswag") else "")
+            figures[tag] = f"{points[-1].value:,.4f}".removesuffix(".0000") + f" ({where})"
     return figures
 
 

@@ -1,5 +1,6 @@
 """``gpt2 fit`` as a user runs it: one step is one step, a run goes on where it was, and what it leaves behind."""
 
+import json
 import math
 import os
 import subprocess
@@ -253,3 +254,28 @@ def test_each_recipe_parses_and_opens_with_its_command(recipe, capsys):
     lines = recipe.read_text().splitlines()
     assert f"fit --config configs/{recipe.name}" in lines[0]
     assert len(lines) < 50
+
+
+@pytest.mark.parametrize(("style", "tag"), [("nanogpt", "hellaswag"), ("harness", "hellaswag_harness")])
+def test_the_two_styles_of_hellaswag_have_a_tag_each(
+    style, tag, make_shards, write_recipe, read_scalars, tmp_path, capsys
+):
+    context = {"ctx_a": "A cook mixes", "ctx_b": "the cook", "ctx": "A cook mixes the cook"}
+    endings = [f"{word} dough." for word in ("kneads", "sings", "flies", "sells")]
+    row = {"ind": 1, "activity_label": "Baking", "endings": endings, "split": "val"} | context
+    rows = [row | {"label": label} for label in range(4)]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shape = {"block_size": 32, "vocab_size": 50304, "n_layer": 1, "n_head": 1, "n_embd": 8}
+    recipe = write_recipe(
+        make_shards(),
+        trainer={"max_steps": 1},
+        model={"config": shape},
+        data={"micro_batch_size": 4},
+        hellaswag={"every_n_steps": 1, "style": style, "path": "rows.jsonl"},
+    )
+    assert main(["fit", "--config", str(recipe)]) == 0
+    logged = read_scalars(tmp_path / "run")
+    assert {name for name in logged if name.startswith("hella")} == {f"{tag}/acc", f"{tag}/acc_norm"}
+    assert list(logged[f"{tag}/acc_norm"]) == [0, 1]
+    assert set(logged[f"{tag}/acc"].values()) <= {0, 0.25, 0.5, 0.75, 1}
+    assert f"{tag}/acc_norm" in capsys.readouterr().out

@@ -1,6 +1,7 @@
 """Generation: filters on literals; the cache, the batch and the window change the speed, never the text."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -309,6 +310,19 @@ def test_bad_requests_end_in_one_sentence(prompt: list[int], options: dict[str, 
 
 def test_no_new_tokens_gives_the_prompt() -> None:
     assert generate(random_gpt(), [[1, 2], [3]], 0) == [[1, 2], [3]]
+
+
+def test_the_command_reads_end_of_text_in_a_prompt_as_the_token(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from gpt2_lightning.__main__ import main
+
+    torch.manual_seed(0)
+    shape = {"block_size": 1, "vocab_size": VOCAB_SIZE, "n_layer": 1, "n_head": 1, "n_embd": 2}  # holds one token
+    state = {f"model.{name}": tensor for name, tensor in GPT(GPTConfig(**shape)).state_dict().items()}
+    torch.save({"state_dict": state, "hyper_parameters": {"config": shape}}, tmp_path / "a.ckpt")
+    assert main(["generate", "a.ckpt", "--prompt", "<|endoftext|>", "--max_new_tokens", "1", "--seed", "0"]) == 0
+    assert capsys.readouterr().out.startswith("<|endoftext|>")
 
 
 # ---- streamed text

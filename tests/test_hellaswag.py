@@ -289,6 +289,11 @@ def test_a_local_file(tmp_path: Path) -> None:
     assert (examples.tag, examples.note) == ("mine.jsonl, 2 rows", "")
 
 
+def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path: Path) -> None:
+    (tmp_path / "mine.jsonl").write_text(json.dumps(ROW), encoding="utf-8-sig")
+    assert load_examples(tmp_path / "mine.jsonl").rows == (Example("It", ("a", "b", "c", "d"), 3),)
+
+
 @pytest.mark.parametrize(
     ("line", "sentence"),
     [
@@ -318,8 +323,8 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(ValueError, match=r"empty\.jsonl has no rows"):
         load_examples(tmp_path / "empty.jsonl")
-    (tmp_path / "binary.jsonl").write_bytes(b"\x93NUMPY\xff\xfe")
-    with pytest.raises(ValueError, match=r"binary\.jsonl is not a HellaSwag \.jsonl: it is not text"):
+    (tmp_path / "binary.jsonl").write_bytes(json.dumps(ROW).encode() + b"\n\x93NUMPY\n\xff\xfe")
+    with pytest.raises(ValueError, match=r"binary\.jsonl, line 2 is not HellaSwag: not text in UTF-8"):
         load_examples(tmp_path / "binary.jsonl")
 
 

@@ -242,13 +242,16 @@ def test_model_card_tells_the_figures_of_the_run_at_the_checkpoint(tmp_path: Pat
         log.add_scalar("val/loss", loss, step)
         log.add_scalar("train/tokens", step * 128, step)
         log.add_scalar("train/lr", 0.77, step)
+        log.add_scalar("hellaswag/acc_norm", 0.25, step)
     log.close()
-    path = write_checkpoint(random_gpt(), run / "checkpoints" / "last.ckpt")
+    callbacks = {"HellaSwag": {"last_step": 70, "examples": "builtin, 48 rows"}}
+    path = write_checkpoint(random_gpt(), run / "checkpoints" / "last.ckpt", callbacks=callbacks)
     export(path, tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
     assert "| optimizer steps | 70 |" in card
     assert "| val/loss | 4.2500 (step 70) |" in card
     assert "| train/tokens | 8,960 (step 70) |" in card
+    assert "| hellaswag/acc_norm | 0.2500 (step 70; builtin, 48 rows) |" in card
     assert "0.77" not in card
     # 211·15 + 24·15 + 30, and in each of 2 blocks 12·15² + 13·15
     assert "| parameters | 9,345 |" in card
@@ -342,6 +345,8 @@ def damaged(kind: str, tmp: Path) -> Path | str:
         (folder / "config.json").write_text(json.dumps(config | {"activation_function": "relu"}))
     elif kind == "inner":
         (folder / "config.json").write_text(json.dumps(config | {"n_inner": 16}))
+    elif kind == "words":
+        (folder / "config.json").write_text(json.dumps(config | {"n_layer": "two", "n_positions": None}))
     elif kind == "rows":
         (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 212}))
     elif kind == "score":
@@ -371,6 +376,7 @@ def damaged(kind: str, tmp: Path) -> Path | str:
         ("another", r"describes the architecture 'llama'"),
         ("relu", r"activation_function = 'relu'"),
         ("inner", r"n_inner = 16"),
+        ("words", r"config.json has n_positions = None, n_layer = 'two', where a whole number belongs"),
         ("rows", r"transformer.wte.weight is \(211, 15\) where .* asks for \(212, 15\)"),
         ("score", r"holds transformer.score.weight, for which GPT-2 has no place"),
         ("untied", r"holds lm_head.weight, for which GPT-2 has no place"),
@@ -405,7 +411,9 @@ def test_hub_names_are_fetched_and_say_in_one_sentence_what_fails(
     assert asked == [("gpt2-medium", None), ("some-org/some.name", "v1")]
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
     for name in ("gpt2", "runs/missing"):
-        with pytest.raises(ValueError, match=f"{name} is no path here, .* no route to host$"):
+        with pytest.raises(
+            ValueError, match=rf"{name} is no path here, .* \(no route to host\): check the name and the connection"
+        ):
             load(name)
 
 

@@ -13,7 +13,10 @@ from gpt2_lightning.tokenizer import VOCAB_SIZE
 
 
 class HellaSwag(EveryNSteps):
-    """Logs ``hellaswag/acc`` and ``hellaswag/acc_norm`` of the plain model, the rows dealt out to the ranks.
+    """Scores the plain model, the rows dealt out to the ranks.
+
+    Logs ``hellaswag/acc`` and ``hellaswag/acc_norm`` in ``nanogpt`` style, ``hellaswag_harness/…`` in ``harness``
+    style: the two are not to meet in one chart.
 
     Args:
         every_n_steps: optimizer steps between two evaluations; 0 = off.
@@ -26,6 +29,7 @@ class HellaSwag(EveryNSteps):
         super().__init__(every_n_steps)
         self.style: Style = style
         self.path = path
+        self.tag = "hellaswag" if style == "nanogpt" else f"hellaswag_{style}"
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         assert isinstance(pl_module, GPTModule)
@@ -48,14 +52,14 @@ class HellaSwag(EveryNSteps):
 
     def run(self, trainer: Trainer, module: GPTModule, step: int) -> None:
         score = self.score(trainer, module)
-        record(trainer, {"hellaswag/acc": score.acc, "hellaswag/acc_norm": score.acc_norm}, step)
+        record(trainer, self.values(score), step)
         module.print(f"step {step:5d} | {self.describe(score)}")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == TrainerFn.VALIDATING and self.every_n_steps > 0:
             assert isinstance(pl_module, GPTModule)
             score = self.score(trainer, pl_module)
-            trainer.callback_metrics.update({"hellaswag/acc": score.acc, "hellaswag/acc_norm": score.acc_norm})  # type: ignore[dict-item]
+            trainer.callback_metrics.update(self.values(score))  # type: ignore[arg-type]
             pl_module.print(self.describe(score))
 
     def score(self, trainer: Trainer, module: GPTModule) -> Score:
@@ -67,8 +71,15 @@ class HellaSwag(EveryNSteps):
         counts = torch.tensor([mine.n, mine.correct, mine.correct_norm], device=module.device)
         return Score(*trainer.strategy.reduce(counts, reduce_op="sum").tolist())
 
+    def values(self, score: Score) -> dict[str, float]:
+        return {f"{self.tag}/acc": score.acc, f"{self.tag}/acc_norm": score.acc_norm}
+
     def describe(self, score: Score) -> str:
         return (
-            f"hellaswag/acc_norm {score.acc_norm:.4f} ± {score.stderr:.4f}, acc {score.acc:.4f} "
+            f"{self.tag}/acc_norm {score.acc_norm:.4f} ± {score.stderr:.4f}, acc {score.acc:.4f} "
             f"({self.style} style, {self.examples.tag})"
         )
+
+    def state_dict(self) -> dict[str, Any]:
+        """With what was scored, for an export's model card."""
+        return super().state_dict() | ({"examples": self.examples.tag} if self.every_n_steps else {})

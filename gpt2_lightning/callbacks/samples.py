@@ -57,7 +57,7 @@ class Samples(EveryNSteps):
                 f"samples.num_samples={self.num_samples} and max_new_tokens={self.max_new_tokens}: give at least 1 of "
                 "each, or samples.every_n_steps=0 for none"
             )
-        n = len(get_tokenizer().encode_ordinary(self.prompt))
+        n = len(get_tokenizer().encode(self.prompt, allowed_special="all"))
         if not 0 < n <= config.block_size:
             raise ValueError(
                 f"samples.prompt has {n} tokens and block_size is {config.block_size}: give 1 to {config.block_size}"
@@ -67,7 +67,7 @@ class Samples(EveryNSteps):
         if not trainer.is_global_zero:
             return
         tokenizer = get_tokenizer()
-        prompt = tokenizer.encode_ordinary(self.prompt)
+        prompt = tokenizer.encode(self.prompt, allowed_special="all")
         with trainer.precision_plugin.val_step_context():
             rows = generate(
                 module.model,

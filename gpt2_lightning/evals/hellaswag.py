@@ -85,7 +85,7 @@ def load_examples(path: str | Path | None = None) -> Examples:
             return Examples(parsed, HUB_NAME)
         note = (
             f"HellaSwag: no file was given and the hub's {HUB_NAME} cannot be reached, so the built-in questions are "
-            "scored: their figures compare with no published ones (hellaswag_val.jsonl as the path gives those)"
+            "scored: their figures compare with no published ones (for those give the path of hellaswag_val.jsonl)"
         )
         return Examples(load_examples(BUILTIN).rows, BUILTIN, note)
     if str(path) == BUILTIN:
@@ -94,10 +94,12 @@ def load_examples(path: str | Path | None = None) -> Examples:
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such file (give a HellaSwag .jsonl, or {BUILTIN!r} for the built-in questions)")
+    content = path.read_bytes()
     try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise ValueError(f"{path} is not a HellaSwag .jsonl: it is not text in UTF-8") from None
+        text = content.decode("utf-8-sig")  # some editors begin a file with a byte order mark
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{path}, line {line} is not HellaSwag: not text in UTF-8") from None
     return Examples(_parse_lines(text, str(path)), path.name)
 
 
