@@ -89,10 +89,8 @@ def _sentence(error: BaseException | None) -> str | None:
         if type(error).__name__ == "MisconfigurationException" or (ours and isinstance(error, ValueError | OSError)):
             return " ".join(str(error).split())
         if type(error).__name__.startswith("Dist") or "gloo" in str(error):
-            return (
-                f"another process of this job is gone ({str(error).splitlines()[0]}): look at what it said itself, and "
-                "start the same command again"
-            )
+            reason = str(error).splitlines()[0].rpartition("] ")[2]  # gloo begins with the line of its source
+            return f"lost another process of this job ({reason}): see what it said, and start the same command again"
         if "out of memory" in str(error):
             return (
                 f"the device is out of memory ({str(error).splitlines()[0]}): lower data.micro_batch_size or set it to "

@@ -29,6 +29,7 @@ from gpt2_lightning.job import (
     Resume,
     checkpoint_to_resume,
     claim,
+    end_with_launcher,
     is_first_process,
     refuse_other_seed,
     refuse_other_world,
@@ -194,6 +195,7 @@ def run(args: list[str]) -> None:
             f"gpt2 {args[0]}: error: no --config: the recipes are {', '.join(recipes) or 'not here'}", file=sys.stderr
         )
         raise SystemExit(2)
+    end_with_launcher()
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # of what Lightning calls
     for name in ("lightning.pytorch", "lightning.fabric"):  # tips and the like: what a run is, it says itself
         logging.getLogger(name).setLevel(logging.WARNING)

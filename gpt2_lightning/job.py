@@ -2,6 +2,8 @@
 
 import os
 import subprocess
+import threading
+import time
 from pathlib import Path
 from typing import IO, Literal
 
@@ -17,6 +19,26 @@ def is_first_process() -> bool:
     """Whether this process is rank 0 of its job, by what torchrun, SLURM or Lightning's launcher told it."""
     names = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID")
     return all(int(os.environ.get(name) or 0) == 0 for name in names)
+
+
+def end_with_launcher() -> None:
+    """Lets a rank that Lightning's launcher started end when the launching rank has died.
+
+    Once they are connected the lost connection ends it; before that it would wait for the other for half an hour.
+    """
+    if "LOCAL_RANK" not in os.environ:
+        os.environ["GPT2_LAUNCHER_PID"] = str(os.getpid())  # for the ranks that this process may launch
+        return
+    launcher = int(os.environ.get("GPT2_LAUNCHER_PID", os.getpid()))
+    if launcher == os.getpid() or "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun sees to its own
+        return
+
+    def watch() -> None:
+        while os.getppid() == launcher:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def refuse_other_world(trainer: Trainer) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import signal
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -262,6 +263,8 @@ class TokenDataModule(LightningDataModule):
             batch_sampler=sampler,
             collate_fn=_as_is,
             num_workers=self.num_workers,
+            # forked, also where Python's default has changed: a worker is there at once, and imports nothing anew
+            multiprocessing_context="fork" if self.num_workers and sys.platform == "linux" else None,
             worker_init_fn=_leave_signals_to_the_run,
             pin_memory=self.trainer.strategy.root_device.type == "cuda",
         )
