@@ -1,6 +1,7 @@
 """The ``gpt2`` command. Each subcommand imports what it needs when it is called: ``gpt2 --help`` pays for nothing."""
 
 import argparse
+import errno
 import os
 import sys
 import time
@@ -82,6 +83,8 @@ def _sentence(error: BaseException | None) -> str | None:
     while error is not None:
         if isinstance(error, UnicodeDecodeError):
             return f"a file that should be UTF-8 text is not ({error.reason} at byte {error.start})"
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return f"the disk is full ({error.filename or error.strerror}): make room, and run the same command again"
         if isinstance(error, OSError) and error.filename is not None:
             return f"{error.filename}: {error.strerror}"
         innermost = traceback.extract_tb(error.__traceback__)[-1:]
@@ -137,10 +140,14 @@ def _prepare(args: list[str]) -> None:
         from gpt2_lightning.data.show import StepData, of_run, show_step, show_windows
 
         folder = Path(given.show)
+        for name, least in (("step", 0), ("count", 1), ("block_size", 1), ("total_batch_tokens", 1), ("seed", 0)):
+            value = getattr(given, name)
+            if value is not None and not least <= value < 2**62:
+                parser.error(f"--{name} is {value}: give a whole number of at least {least}")
         if given.step is None:
             print(show_windows(folder, given.first, given.count, given.block_size))
         elif any(folder.glob("config*.yaml")):
-            print(show_step(given.step, of_run(folder, given.block_size)))
+            print(show_step(given.step, of_run(folder)))
         else:
             data = StepData(folder, given.block_size, given.total_batch_tokens, given.order, given.seed)
             print(show_step(given.step, data))

@@ -6,11 +6,12 @@ import shlex
 import signal
 import sys
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
@@ -25,6 +26,7 @@ from gpt2_lightning.callbacks.samples import Samples
 from gpt2_lightning.callbacks.signals import StopOnSignal, stop_signal
 from gpt2_lightning.callbacks.validation import ValidationLoss
 from gpt2_lightning.data.datamodule import TokenDataModule
+from gpt2_lightning.data.shards import atomic_file
 from gpt2_lightning.job import (
     Resume,
     checkpoint_to_resume,
@@ -61,13 +63,18 @@ class SaveConfig(SaveConfigCallback):
     """The resolved config of each start, into the run's folder: config.yaml, config_1.yaml, …"""
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        if stage != "fit" or not trainer.is_global_zero:
+        """Too early: a start that is refused leaves none."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.is_global_zero:
             return
-        folder = Path(trainer.default_root_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        number = len(list(folder.glob("config*.yaml")))
-        name = f"config_{number}.yaml" if number else "config.yaml"
-        self.parser.save(self.config, str(folder / name), skip_none=False, skip_validation=True, overwrite=True)
+        folder, number = Path(trainer.default_root_dir), 0
+        while (path := folder / (f"config_{number}.yaml" if number else "config.yaml")).exists():
+            number += 1
+        config = self.config.clone()
+        config.model.config = pl_module.hparams["config"]  # the weights' own, where it was null
+        with atomic_file(path) as file:
+            file.write(self.parser.dump(config, skip_none=False, skip_validation=True).encode())
 
 
 class CLI(LightningCLI):
@@ -114,17 +121,18 @@ class CLI(LightningCLI):
             if config.ckpt_path is not None:  # one door to weights: whatever `load` opens
                 config.model.init_from, config.ckpt_path = config.ckpt_path, None
             return
+        if config.trainer.min_steps or config.trainer.min_epochs:
+            raise ValueError("trainer.min_steps and min_epochs would keep a run from stopping: leave them out")
         if config.trainer.max_steps < 1:
             raise ValueError("trainer.max_steps is not set: give the number of optimizer steps of the whole run")
-        if is_first_process():
-            self.claim = claim(self.run_dir)  # held until the process ends
+        self.claim = claim(self.run_dir) if is_first_process() else nullcontext()
         self.resumed_step = 0
-        if config.ckpt_path is None:
+        if config.ckpt_path is None or config.resume == "never":
             config.ckpt_path = checkpoint_to_resume(self.run_dir, config.resume)
-        if config.ckpt_path is None:
-            return
-        self.resumed_step = read_checkpoint(Path(config.ckpt_path))["global_step"]
-        refuse_other_seed(self.run_dir, config.seed_everything)
+        if config.ckpt_path is not None:
+            checkpoint = read_checkpoint(Path(config.ckpt_path))
+            self.resumed_step = checkpoint["global_step"]
+            refuse_other_seed(checkpoint, config.seed_everything)
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         fit = self.subcommand == "fit"
@@ -148,7 +156,7 @@ class CLI(LightningCLI):
     def _loggers(self) -> list[Logger]:
         """One folder for all starts of a run, whose events TensorBoard reads as one line."""
         # a validation at the resumed step came before its checkpoint and stays; what came after is made again
-        purge_step = self.resumed_step + 1 if self.resumed_step else None
+        purge_step = self.resumed_step + 1 if self.resumed_step else 0
         events = TensorBoardLogger(
             self.run_dir.parent, self.run_dir.name, version="", default_hp_metric=False, purge_step=purge_step
         )
@@ -160,16 +168,18 @@ class CLI(LightningCLI):
             print(f"model: {model.model.num_parameters():,} parameters ({shape})")
             if kwargs["ckpt_path"] is not None:
                 print(f"resuming from {kwargs['ckpt_path']} at step {self.resumed_step}")
-        self.trainer.fit(model, **kwargs)
+        with self.claim:
+            self.trainer.fit(model, **kwargs)
         last = self.run_dir / "checkpoints" / "last.ckpt"
         number = stop_signal(self.trainer)
         if number:
             if self.trainer.is_global_zero:
                 print(f"\n{signal.Signals(number).name}: stopped after step {self.trainer.global_step}; ", end="")
                 print(f"the same command goes on from {last}" if last.exists() else "no checkpoint, as asked")
-                if number == signal.SIGUSR1 and "SLURM_JOB_ID" in os.environ:
-                    requeue()  # SIGUSR1 is SLURM's warning of the time limit; scancel sends SIGTERM and means it
             self.trainer.strategy.barrier("stopped")  # a rank that exits first would look like one that failed
+            # SIGUSR1 is SLURM's warning of the time limit; scancel sends SIGTERM, and means it
+            if number == signal.SIGUSR1 and self.trainer.is_global_zero and "SLURM_JOB_ID" in os.environ:
+                requeue()
             raise SystemExit(128 + number)
         if self.trainer.is_global_zero and last.exists():
             if self.resumed_step >= self.trainer.max_steps:
@@ -203,6 +213,7 @@ def run(args: list[str]) -> None:
         "ignore", ".*does not have many workers.*"
     )  # a micro-batch is read in less than a millisecond
     warnings.filterwarnings("ignore", ".*have no logger configured.*")  # `validate` writes into no run's events
+    warnings.filterwarnings("ignore", ".*callbacks used to create the checkpoint.*")  # other callbacks are obeyed
     warnings.filterwarnings("ignore", ".*LeafSpec.*")  # Lightning against torch 2.13
     warnings.filterwarnings("ignore", ".*your dataloader is not resumable.*")  # it is: it starts at global_step
     if torch.cuda.is_available():

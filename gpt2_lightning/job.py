@@ -5,11 +5,11 @@ import subprocess
 import threading
 import time
 from pathlib import Path
-from typing import IO, Literal
+from typing import IO, Any, Literal
 
-import yaml
 from lightning.pytorch import Trainer
 
+from gpt2_lightning.callbacks.checkpoint import saved_steps
 from gpt2_lightning.lock import try_lock
 
 Resume = Literal["auto", "must", "never"]
@@ -66,7 +66,9 @@ def refuse_other_world(trainer: Trainer) -> None:
 
 
 def claim(run_dir: Path) -> IO[bytes]:
-    """Takes a run's folder for this job, and makes it where it is not there; closing the file gives it back.
+    """Takes a run's folder for this job, makes it where it is not there, and clears away what a killed job half wrote.
+
+    Closing the file gives the folder back.
 
     Raises:
         ValueError: another job has it, or it cannot be written to.
@@ -84,6 +86,8 @@ def claim(run_dir: Path) -> IO[bytes]:
         raise ValueError(
             f"another `gpt2 fit` is running in {run_dir}: wait until it has ended, or choose another run_dir"
         )
+    for half_written in checkpoints.glob(".*.tmp"):
+        half_written.unlink()
     return file
 
 
@@ -99,7 +103,7 @@ def checkpoint_to_resume(run_dir: Path, resume: Resume) -> Path | None:
     """
     folder = run_dir / "checkpoints"
     last = folder / "last.ckpt"
-    found = last if last.exists() else max(folder.glob("step_*.ckpt"), default=None)
+    found = last if last.exists() else next(reversed(saved_steps(folder)), None)
     if resume == "never" and found is not None:
         raise ValueError(f"{found} exists and resume is never: choose another run_dir, or --resume auto to go on")
     if resume == "must" and found is None:
@@ -107,23 +111,24 @@ def checkpoint_to_resume(run_dir: Path, resume: Resume) -> Path | None:
     return found
 
 
-def refuse_other_seed(run_dir: Path, seed: int | bool) -> None:
-    """Compares ``seed_everything`` with that of the run's first start: the weights were drawn with it, and stay.
+def refuse_other_seed(checkpoint: dict[str, Any], seed: int | bool) -> None:
+    """Compares ``seed_everything`` with that of the run: the weights were drawn with it, and stay.
 
     Raises:
         ValueError: they differ.
     """
-    first = run_dir / "config.yaml"
-    began = yaml.safe_load(first.read_text()).get("seed_everything") if first.exists() else seed
-    if type(began) is type(seed) is int and began != seed:
-        raise ValueError(
-            f"the run in {run_dir} began with seed_everything={began}, not {seed}: give that one, or another run_dir"
-        )
+    began = checkpoint.get("seed_everything")
+    if began is not None and type(seed) is int and began != seed:
+        raise ValueError(f"the run began with seed_everything={began}, not {seed}: give that one, or another run_dir")
 
 
 def requeue() -> None:
     """Puts this SLURM job, or its task of an array, back into the queue."""
     array = os.environ.get("SLURM_ARRAY_JOB_ID")
     job = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else os.environ["SLURM_JOB_ID"]
-    done = subprocess.run(["scontrol", "requeue", job], check=False)
-    print(f"SLURM: job {job} {'is back in the queue' if done.returncode == 0 else 'could not be requeued'}")
+    try:
+        subprocess.run(["scontrol", "requeue", job], check=True)
+    except (OSError, subprocess.CalledProcessError) as error:  # inside a container there is often no scontrol
+        print(f"SLURM job {job} could not be requeued ({error}): submit it again")
+    else:
+        print(f"SLURM job {job} is back in the queue")

@@ -166,10 +166,20 @@ class GPTModule(LightningModule):
                 "each with its own weight_decay, such as torch.optim.AdamW"
             ) from error
         optimizer.register_load_state_dict_pre_hook(_keep_typed_options)
+        self.typed_lrs = [group["lr"] for group in optimizer.param_groups]
         scheduler: Any = self.lr_scheduler(optimizer)
         if getattr(scheduler, "max_steps", 0) is None:
             scheduler.max_steps = self.trainer.max_steps
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_train_start(self) -> None:
+        """Obeys the learning rate of today's command where a scheduler of torch's own restored that of the first."""
+        scheduler: Any = self.lr_schedulers()
+        bases = getattr(scheduler, "base_lrs", self.typed_lrs)
+        if bases != self.typed_lrs:
+            for group, base, typed in zip(scheduler.optimizer.param_groups, bases, self.typed_lrs, strict=True):
+                group["lr"] *= typed / base
+            scheduler.base_lrs = list(self.typed_lrs)
 
 
 def _keep_typed_options(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:

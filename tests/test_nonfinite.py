@@ -3,6 +3,7 @@
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -104,7 +105,32 @@ def test_a_steps_text_is_what_the_step_sees(make_shards, write_recipe, capsys, m
         assert shown.count("── step") == len(rows)
         for row in rows:
             assert get_tokenizer().decode(row) in shown
+    assert main(["prepare", "--show", str(tmp_path / "run"), "--step", str(10**30)]) == 2
+    for wrong in (["--block_size", "0"], ["--seed", "-1"], ["--count", "0"], ["--step", "-1"]):
+        assert main(["prepare", "--show", "shards", *wrong]) == 2
+        assert f"{wrong[0]} is {wrong[1]}: give a whole number" in capsys.readouterr().err
+    (Path("shards") / "config.yaml").write_text("a: 1")
+    assert main(["prepare", "--show", "shards", "--step", "0"]) == 1
+    assert "config.yaml is not the config of a run" in capsys.readouterr().err
+    (Path("shards") / "config.yaml").unlink()
     capsys.readouterr()
     data = ["--block_size", "16", "--total_batch_tokens", "128", "--seed", "5", "--order", "shuffled"]
     assert main(["prepare", "--show", str(Path("shards")), "--step", "0", *data]) == 0
     assert get_tokenizer().decode(seen[0][0]) in capsys.readouterr().out
+
+
+def test_ids_beyond_gpt2s_vocabulary_are_shown_as_numbers(make_shards, capsys):
+    root = make_shards(train=np.array([464, 50300, 50301, 1290, 11]))
+    assert main(["prepare", "--show", str(root), "--block_size", "4"]) == 0
+    assert capsys.readouterr().out == "── train window 0 ──\nThe<50300><50301> far\n"
+
+
+def test_the_text_of_a_run_that_took_the_shape_of_its_weights(make_shards, write_recipe, capsys, tmp_path):
+    recipe = write_recipe(make_shards())
+    assert main(["fit", "--config", str(recipe)]) == 0
+    last = str(tmp_path / "run" / "checkpoints" / "last.ckpt")
+    tuned = write_recipe(tmp_path / "shards", name="tuned", model={"config": None, "init_from": last})
+    assert main(["fit", "--config", str(tuned), "--run_dir", "tuned", "--trainer.max_steps", "1"]) == 0
+    capsys.readouterr()
+    assert main(["prepare", "--show", "tuned", "--step", "0"]) == 0
+    assert capsys.readouterr().out.count("── step 0, sample") == 8  # 128 tokens in windows of 16

@@ -1,7 +1,10 @@
 """One run: what stops it, where it goes on, and who may write into its folder. In this process; see test_job.py."""
 
 import math
+import os
 import re
+import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,8 +12,10 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from gpt2_lightning.__main__ import main
+from gpt2_lightning.callbacks.checkpoint import saved_steps
 from gpt2_lightning.callbacks.log_txt import LogTxt
 from gpt2_lightning.job import claim, is_first_process
+from gpt2_lightning.module import GPTModule
 
 SCHEDULE = {
     "class_path": "gpt2_lightning.schedule.WarmupCosine",
@@ -219,10 +224,13 @@ def test_a_run_folder_that_cannot_be_written_is_refused_at_start(make_shards, wr
     assert "choose another run_dir" in said[0]
 
 
-def test_a_claimed_folder_is_given_back_when_its_file_is_closed(tmp_path):
-    with claim(tmp_path / "run"):
-        assert (tmp_path / "run" / "checkpoints").is_dir()
+def test_what_a_killed_job_half_wrote_is_cleared_away(tmp_path):
+    folder = tmp_path / "run" / "checkpoints"
+    folder.mkdir(parents=True)
+    for name in (".step_000004.ckpt.tmp", "step_000002.ckpt", "mine.txt"):
+        (folder / name).write_text("x")
     claim(tmp_path / "run").close()
+    assert sorted(path.name for path in folder.iterdir()) == ["mine.txt", "step_000002.ckpt"]
 
 
 def test_precision_intervals_and_micro_batch_are_obeyed_on_resume(make_shards, write_recipe, read_scalars, tmp_path):
@@ -234,3 +242,157 @@ def test_precision_intervals_and_micro_batch_are_obeyed_on_resume(make_shards, w
     assert list(logged["val/loss"]) == [0, 3, 4, 6, 7]
     assert list(logged["train/loss"]) == list(range(7))
     assert all(math.isfinite(loss) for loss in logged["train/loss"].values())
+
+
+@pytest.fixture
+def signal_in_step(monkeypatch):
+    """Sends this process a SIGTERM in the middle of a step, once."""
+    plain, due = GPTModule.training_step, []
+
+    def training_step(self, batch, batch_idx):
+        if due and batch_idx == due[0] * self.trainer.accumulate_grad_batches:
+            due.clear()
+            os.kill(os.getpid(), signal.SIGTERM)
+        return plain(self, batch, batch_idx)
+
+    monkeypatch.setattr(GPTModule, "training_step", training_step)
+    return due.append
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="os.kill ends the process there")
+@pytest.mark.parametrize("step", [0, 2, 3, 4, 5, 7])
+def test_a_signal_at_any_step_leaves_the_curve_as_it_is(
+    step, signal_in_step, make_shards, write_recipe, read_scalars, tmp_path
+):
+    # validation after 0, 2, 4, 6, 8 updates and checkpoints after 4 and 8: the signal comes before, at and after them
+    recipe = write_recipe(make_shards(), trainer={"max_steps": 8}, validation={"every_n_steps": 2})
+    args = ["fit", "--config", str(recipe), "--checkpoint.every_n_steps", "4"]
+    assert main([*args, "--run_dir", "whole"]) == 0
+    signal_in_step(step)
+    assert main(args) == 128 + signal.SIGTERM
+    assert main(args) == 0
+    cut, whole = read_scalars(tmp_path / "run"), read_scalars(Path("whole"))
+    for tag in ("train/loss", "train/grad_norm", "train/lr", "train/tokens", "val/loss"):
+        assert cut[tag] == whole[tag], tag
+    assert (tmp_path / "run" / "log.txt").read_text() == Path("whole/log.txt").read_text()
+    last = [
+        torch.load(run / "checkpoints" / "last.ckpt", weights_only=True) for run in (tmp_path / "run", Path("whole"))
+    ]
+    for name, value in last[0]["state_dict"].items():
+        assert torch.equal(value, last[1]["state_dict"][name]), name
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="os.kill ends the process there")
+def test_best_counts_a_validation_that_a_signal_had_put_off(signal_in_step, make_shards, write_recipe, tmp_path):
+    recipe = write_recipe(make_shards(), trainer={"max_steps": 4}, validation={"every_n_steps": 1})
+    args = ["fit", "--config", str(recipe), "--model.optimizer.lr", "10.0"]  # it only gets worse
+    signal_in_step(0)
+    assert main(args) == 128 + signal.SIGTERM
+    assert main(args) == 0
+    folder = tmp_path / "run" / "checkpoints"
+    assert (folder / "best.ckpt").samefile(folder / "step_000001.ckpt")
+
+
+def test_the_same_command_with_a_time_limit_gets_on(make_shards, write_recipe, tmp_path):
+    recipe = write_recipe(make_shards(), checkpoint={"every_n_steps": 10**6}, validation={"every_n_steps": 0})
+    args = ["fit", "--config", str(recipe), "--trainer.max_steps", "1000000", "--trainer.max_time", "00:00:00:01"]
+    steps = []
+    for _ in range(2):
+        assert main(args) == 0
+        steps.append(torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"])
+    assert 0 < steps[0] < steps[1]
+
+
+def test_a_learning_rate_typed_on_resume_is_obeyed_by_torchs_schedulers_too(
+    make_shards, write_recipe, read_scalars, tmp_path
+):
+    step_lr = {"class_path": "torch.optim.lr_scheduler.StepLR", "init_args": {"step_size": 2, "gamma": 0.1}}
+    recipe = write_recipe(make_shards(), model={"lr_scheduler": step_lr})
+    args = ["fit", "--config", str(recipe), "--model.optimizer.lr"]
+    assert main([*args, "0.01", "--trainer.max_steps", "3"]) == 0
+    assert main([*args, "0.5", "--trainer.max_steps", "6"]) == 0
+    rates = list(read_scalars(tmp_path / "run")["train/lr"].values())
+    assert rates == pytest.approx([0.01, 0.01, 0.001, 0.05, 0.005, 0.005])
+
+
+def test_odd_files_in_the_run_folder_do_not_stop_a_run(make_shards, write_recipe, tmp_path):
+    args = ["fit", "--config", str(write_recipe(make_shards()))]
+    assert main([*args, "--trainer.max_steps", "3"]) == 0
+    run = tmp_path / "run"
+    (run / "config.yaml").write_text("{")
+    with (run / "log.txt").open("a") as file:
+        file.write("\nmy own words\n9 tr")
+    assert main(args) == 0
+    lines = (run / "log.txt").read_text().splitlines()
+    assert "my own words" in lines
+    assert [line.split()[0] for line in lines if " train " in line] == ["0", "1", "2", "3", "4", "5"]
+    assert (run / "config_1.yaml").exists()
+    assert (run / "config.yaml").read_text() == "{"
+
+
+def test_the_seed_of_a_run_is_that_of_its_weights(make_shards, write_recipe, tmp_path):
+    """A first start that left no checkpoint counts for nothing, nor does a start that was refused."""
+    args = ["fit", "--config", str(write_recipe(make_shards()))]
+    assert main([*args, "--seed_everything", "1", "--checkpoint.every_n_steps", "0", "--trainer.max_steps", "1"]) == 0
+    assert main([*args, "--seed_everything", "2", "--trainer.max_steps", "3"]) == 0
+    assert main([*args, "--seed_everything", "1"]) == 1
+    assert main([*args, "--seed_everything", "2", "--data.seed", "9"]) == 1
+    assert len(list((tmp_path / "run").glob("config*.yaml"))) == 2
+    assert main([*args, "--seed_everything", "2"]) == 0
+    lines = (tmp_path / "run" / "log.txt").read_text().splitlines()
+    assert len(lines) == len({tuple(line.split()[:2]) for line in lines}) == 9
+
+
+def test_checkpoints_are_ordered_by_step(tmp_path):
+    names = ["step_000002.ckpt", "step_999999.ckpt", "step_1000000.ckpt"]
+    for name in reversed(names):
+        (tmp_path / name).touch()
+    assert [path.name for path in saved_steps(tmp_path)] == names
+
+
+def test_a_checkpoint_of_another_lightning_model_is_named(make_shards, write_recipe, tmp_path, capsys):
+    recipe = write_recipe(make_shards())
+    assert main(["fit", "--config", str(recipe)]) == 0
+    ours = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
+    for part in ("state_dict", "lr_schedulers", "global_step", "callbacks", "hyper_parameters"):
+        torch.save({k: v for k, v in ours.items() if k != part}, "foreign.ckpt")
+        capsys.readouterr()
+        assert main(["fit", "--config", str(recipe), "--run_dir", "new", "--ckpt_path", "foreign.ckpt"]) == 1
+        assert "foreign.ckpt is no checkpoint of a gpt2_lightning run" in capsys.readouterr().err
+
+
+def test_no_validation_is_no_best(make_shards, write_recipe, tmp_path):
+    args = ["fit", "--config", str(write_recipe(make_shards())), "--trainer.limit_val_batches", "0"]
+    assert main(args) == 0
+    assert not (tmp_path / "run" / "checkpoints" / "best.ckpt").exists()
+    assert (tmp_path / "run" / "checkpoints" / "last.ckpt").exists()
+
+
+def test_overfitting_several_micro_batches_is_a_whole_step(make_shards, write_recipe, read_scalars, tmp_path):
+    args = ["fit", "--config", str(write_recipe(make_shards())), "--trainer.overfit_batches", "2"]
+    assert main(args) == 0
+    assert list(read_scalars(tmp_path / "run")["train/loss"]) == list(range(6))
+
+
+@pytest.mark.parametrize(
+    ("flags", "part"),
+    [
+        (["--trainer.min_steps", "3"], "trainer.min_steps"),
+        (["--resume", "never", "--ckpt_path", "run/checkpoints/last.ckpt"], "resume is never"),
+    ],
+)
+def test_what_contradicts_itself_is_refused(flags, part, make_shards, write_recipe, capsys):
+    args = ["fit", "--config", str(write_recipe(make_shards()))]
+    assert main([*args, "--trainer.max_steps", "1"]) == 0
+    assert main([*args, *flags]) == 1
+    assert part in capsys.readouterr().err
+
+
+def test_slurm_without_scontrol_says_so(monkeypatch, capsys):
+    from gpt2_lightning.job import requeue
+
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.delenv("SLURM_ARRAY_JOB_ID", raising=False)
+    monkeypatch.setenv("PATH", "")
+    requeue()
+    assert "SLURM job 7 could not be requeued" in capsys.readouterr().out

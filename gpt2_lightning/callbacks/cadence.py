@@ -24,7 +24,7 @@ def record(trainer: Trainer, values: dict[str, float], step: int) -> None:
 class EveryNSteps(Callback):
     """Calls ``run`` after 0, N, 2N … optimizer steps and after the last, once each, also across a resume. 0 = off.
 
-    When a signal stops the run, what is due then is done first thing by the run that goes on.
+    What is due when a signal stops the run is done first thing by the run that goes on; after the last step none does.
     """
 
     waits_for_resume = True
@@ -56,7 +56,7 @@ class EveryNSteps(Callback):
 
     def _run_if_due(self, trainer: Trainer, module: LightningModule, last: bool = False) -> None:
         step = trainer.global_step
-        if self.waits_for_resume and stop_signal(trainer):
+        if self.waits_for_resume and stop_signal(trainer) and step < trainer.max_steps:
             return
         if step > self.last_step and is_due(step, self.every_n_steps, step if last else trainer.max_steps):
             started = time.perf_counter()

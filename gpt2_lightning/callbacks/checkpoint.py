@@ -17,6 +17,9 @@ from gpt2_lightning.data.shards import atomic_file
 from gpt2_lightning.hf import torch_load
 from gpt2_lightning.module import GPTModule
 
+PARTS = {"state_dict", "optimizer_states", "lr_schedulers", "loops", "callbacks", "global_step", "hyper_parameters"}
+"""What a run needs of its checkpoint to go on."""
+
 
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes beside the target, syncs, renames: a kill or a full disk leaves the file that was there before."""
@@ -29,7 +32,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         except (OSError, RuntimeError) as error:
             raise ValueError(
                 f"{path} cannot be written ({_reason(error)}): make room, or give this user the right to write there, "
-                "and run the same command again: the checkpoint before it is whole"
+                "and run the same command again: what was saved before is whole"
             ) from None
 
     def load_checkpoint(self, path: str | os.PathLike, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -56,14 +59,23 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} does not exist: correct ckpt_path, or leave it out")
     damage = _damage(path)
     if damage is not None:
-        before = sorted((p for p in path.parent.glob("step_*.ckpt") if not p.samefile(path)), reverse=True)
-        whole = next((p for p in before if _damage(p) is None), None)
+        before = [p for p in saved_steps(path.parent) if not p.samefile(path)]
+        whole = next((p for p in reversed(before) if _damage(p) is None), None)
         mend = f"go on from the one before it, --ckpt_path {whole}" if whole else "start anew in another run_dir"
         raise ValueError(f"{path} is damaged ({damage}): {mend}")
     checkpoint = torch_load(path, mmap=False)
-    if not isinstance(checkpoint, dict) or not {"loops", "optimizer_states", "hyper_parameters"} <= checkpoint.keys():
+    if not (
+        isinstance(checkpoint, dict)
+        and checkpoint.keys() >= PARTS
+        and "config" in (checkpoint["hyper_parameters"] or {})
+    ):
         raise ValueError(f"{path} is no checkpoint of a gpt2_lightning run: to start from its weights, use init_from")
     return checkpoint
+
+
+def saved_steps(folder: Path) -> list[Path]:
+    """The ``step_*.ckpt`` of a folder, the earliest first; from the millionth step on their names are longer."""
+    return sorted(folder.glob("step_*.ckpt"), key=lambda path: (len(path.name), path.name))
 
 
 def _damage(path: Path) -> str | None:
@@ -109,30 +121,40 @@ class StepCheckpoint(EveryNSteps, Checkpoint):
             _point(folder / "last.ckpt", path)
         trainer.strategy.barrier("checkpoint")
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Looks at a validation that a signal had put off until now, of the checkpoint that we go on from."""
+        super().on_train_start(trainer, pl_module)
+        folder = Path(trainer.default_root_dir) / "checkpoints"
+        path = folder / f"step_{trainer.global_step:06d}.ckpt"
+        val_loss = self._val_loss(trainer, trainer.global_step)
+        if val_loss < self.best_val_loss and path.exists():
+            self.best_val_loss = val_loss
+            if trainer.is_global_zero:
+                _point(folder / "best.ckpt", path)
+
     @staticmethod
     def _val_loss(trainer: Trainer, step: int) -> float:
         """The validation loss after ``step`` steps, or infinity if there was no validation then."""
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         measured = any(isinstance(c, ValidationLoss) and c.last_step == step for c in callbacks)
-        return float(trainer.callback_metrics["val/loss"]) if measured else float("inf")
+        return float(trainer.callback_metrics.get("val/loss", "inf")) if measured else float("inf")
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self.resumed = checkpoint
+        checkpoint["callbacks"].pop("Timer", None)  # trainer.max_time is of each start, or none would get on after it
         self._rewrite_progress(trainer)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._rewrite_progress(trainer)  # AutoMicroBatch may have changed the accumulation
-        self.resumed = None
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        step = torch.tensor(trainer.global_step, device=pl_module.device)
+        # now, not at the first step: until then the processes would wait for each other in different places
+        step = torch.tensor(self.resumed["global_step"] if self.resumed else 0, device=pl_module.device)
         latest, earliest = (int(trainer.strategy.reduce(s, reduce_op="max")) for s in (step, -step))
         if latest != -earliest:
             raise ValueError(
                 f"some processes go on from step {latest} and others from {-earliest}: run_dir has to be a folder that "
                 "all nodes share"
             )
-        super().on_train_start(trainer, pl_module)
+        self.resumed = None
 
     def _rewrite_progress(self, trainer: Trainer) -> None:
         """Lightning's counters as they stand in the middle of its one epoch, after the step that was saved.
@@ -152,12 +174,16 @@ class StepCheckpoint(EveryNSteps, Checkpoint):
             # as a save inside on_train_batch_end leaves them: the last batch is processed, not yet completed
             count.update(ready=batches, started=batches, processed=batches, completed=batches - 1)
 
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        seed = os.environ.get("PL_GLOBAL_SEED")  # of seed_everything, which the weights were drawn with
+        checkpoint["seed_everything"] = None if seed is None else int(seed)
+
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {"best_val_loss": self.best_val_loss}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        self.best_val_loss = state_dict["best_val_loss"]
+        self.best_val_loss = state_dict.get("best_val_loss", float("inf"))
 
 
 def _point(name: Path, path: Path) -> None:

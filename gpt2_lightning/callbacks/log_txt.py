@@ -1,5 +1,6 @@
 """``log.txt`` as build-nanogpt writes it, ``<step> train|val|hella <value>`` a line, for the notebooks that read it."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,14 @@ LINES = {"val/loss": ("val", ".4f"), "hellaswag/acc_norm": ("hella", ".4f"), "tr
 class LogTxt(Logger):
     """Appends to ``log.txt`` in the run's folder; a line is on disk when the step is over.
 
-    A run that goes on from ``resumed_step`` drops what was written after that checkpoint, for it comes again.
+    A run that goes on from ``resumed_step``, or begins anew at 0, drops what was written after it, for it comes again.
     """
 
     def __init__(self, run_dir: Path, resumed_step: int = 0) -> None:
         super().__init__()
         self.path = run_dir / "log.txt"
         self.resumed_step = resumed_step
+        self.trimmed = False
 
     @property
     def name(self) -> str:
@@ -35,9 +37,9 @@ class LogTxt(Logger):
         lines = [f"{step} {word} {metrics[key]:{form}}\n" for key, (word, form) in LINES.items() if key in metrics]
         if lines:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            if self.resumed_step and self.path.exists():
+            if not self.trimmed and self.path.exists():
                 self._drop_what_comes_again()
-            self.resumed_step = 0
+            self.trimmed = True
             with self.path.open("a") as file:
                 file.writelines(lines)
 
@@ -46,10 +48,11 @@ class LogTxt(Logger):
         """The config is in ``config*.yaml``."""
 
     def _drop_what_comes_again(self) -> None:
-        lines = self.path.read_text().splitlines(keepends=True)
+        lines = self.path.read_text(errors="replace").splitlines()
         with atomic_file(self.path) as file:
             for line in lines:
-                step, word, _ = line.split(" ", 2)
+                ours = re.fullmatch(r"(\d+) (train|val|hella) \S+", line)
                 # evaluations at the resumed step came before its checkpoint, training from it on after
-                if int(step) < self.resumed_step + (word != "train"):
-                    file.write(line.encode())
+                before = self.resumed_step + (self.resumed_step > 0 and ours is not None and ours[2] != "train")
+                if ours is None or int(ours[1]) < before:
+                    file.write(f"{line}\n".encode())

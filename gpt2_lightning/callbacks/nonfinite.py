@@ -43,7 +43,7 @@ class NonFinite(Callback):
             f"step {step}: loss {float(pl_module.step_loss):.4g}, gradient norm {float(pl_module.grad_norm):.4g} "
             f"(samples {first} to {end - 1})"
         )
-        if self.in_a_row == self.stop_after:
+        if 0 < self.stop_after <= self.in_a_row:
             raise ValueError(
                 f"{what}: {self.in_a_row} steps in a row were not finite and not applied; look at the text with "
                 f"`gpt2 prepare --show {trainer.default_root_dir} --step {step}`, lower the learning rate, or raise "

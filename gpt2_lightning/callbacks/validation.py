@@ -23,8 +23,10 @@ class ValidationLoss(EveryNSteps):
         if trainer.limit_val_batches == 0:  # type: ignore[attr-defined]
             return
         connector = trainer._logger_connector
-        first_loop_iter = connector._first_loop_iter  # these five lines are Lightning's own around the same call
+        first_loop_iter = connector._first_loop_iter  # these lines are Lightning's own around the same call
         trainer.validating = True
+        # before the first step of a resumed run the loop would go on where the last one before the checkpoint ended
+        trainer.fit_loop.epoch_loop.val_loop.restarting = False
         trainer.fit_loop.epoch_loop.val_loop.run()
         trainer.training = True
         connector._first_loop_iter = first_loop_iter

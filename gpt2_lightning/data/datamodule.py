@@ -199,7 +199,7 @@ class TokenDataModule(LightningDataModule):
     def _refuse_part_of_a_step(self) -> None:
         """Lightning would end a shortened epoch inside an accumulation and step on what there is."""
         trainer: Any = self.trainer
-        if trainer.limit_train_batches != 1.0:
+        if not trainer.overfit_batches and trainer.limit_train_batches != 1.0:  # Lightning copies the one to the other
             raise ValueError(
                 "trainer.limit_train_batches and fast_dev_run count micro-batches and could cut a step: "
                 "set trainer.max_steps instead"

@@ -9,7 +9,7 @@ import yaml
 from gpt2_lightning.data.order import Order, windows_in_shards, windows_of
 from gpt2_lightning.data.shards import TokenStream, list_shards
 from gpt2_lightning.schedule import BatchSizeSchedule, batch_size_stages, tokens_before
-from gpt2_lightning.tokenizer import get_tokenizer
+from gpt2_lightning.tokenizer import VOCAB_SIZE, get_tokenizer
 
 
 @dataclass(frozen=True)
@@ -24,19 +24,28 @@ class StepData:
     batch_size_schedule: BatchSizeSchedule | None = None
 
 
-def of_run(run_dir: Path, block_size: int) -> StepData:
-    """The settings of a run's last start, by the config it left; ``block_size`` where that took the weights' own."""
-    config = yaml.safe_load(max(run_dir.glob("config*.yaml"), key=lambda path: path.stat().st_mtime_ns).read_text())
-    data, shape = config["data"], config["model"]["config"] or {}
-    schedule = data["batch_size_schedule"]
-    return StepData(
-        Path(data["root"]),
-        shape.get("block_size", block_size),
-        data["total_batch_tokens"],
-        data["order"],
-        data["seed"],
-        schedule and BatchSizeSchedule(**schedule),
-    )
+def of_run(run_dir: Path) -> StepData:
+    """The settings of a run's last start, by the config that it left in its folder.
+
+    Raises:
+        ValueError: that file is not a run's.
+    """
+    path = max(run_dir.glob("config*.yaml"), key=lambda path: path.stat().st_mtime_ns)
+    try:
+        config = yaml.safe_load(path.read_text())
+        data, schedule = config["data"], config["data"]["batch_size_schedule"]
+        return StepData(
+            Path(data["root"]),
+            config["model"]["config"]["block_size"],
+            data["total_batch_tokens"],
+            data["order"],
+            data["seed"],
+            schedule and BatchSizeSchedule(**schedule),
+        )
+    except (KeyError, TypeError, ValueError, yaml.YAMLError):
+        raise ValueError(
+            f"{path} is not the config of a run: name the folder of its data instead, with --block_size and the others"
+        ) from None
 
 
 def show_step(step: int, data: StepData) -> str:
@@ -45,8 +54,8 @@ def show_step(step: int, data: StepData) -> str:
     Raises:
         ValueError: there is no such step or no such data.
     """
-    if step < 0:
-        raise ValueError(f"step is {step}: give the number of an optimizer step, from 0")
+    if data.total_batch_tokens % data.block_size != 0:
+        raise ValueError(f"--total_batch_tokens {data.total_batch_tokens} is not a multiple of {data.block_size}")
     stages = batch_size_stages(data.total_batch_tokens, data.batch_size_schedule)
     first, end = (tokens_before(s, stages) // data.block_size for s in (step, step + 1))
     stream = TokenStream(list_shards(data.root, "train"))
@@ -76,5 +85,12 @@ def show_windows(root: Path, first: int, count: int, block_size: int) -> str:
 
 
 def _as_text(stream: TokenStream, windows: np.ndarray, block_size: int, heads: list[str]) -> str:
-    texts = (get_tokenizer().decode(tokens.tolist()) for tokens in stream.windows(windows * block_size, block_size))
+    texts = map(_decoded, stream.windows(windows * block_size, block_size))
     return "\n".join(f"── {head} ──\n{text}" for head, text in zip(heads, texts, strict=True))
+
+
+def _decoded(tokens: np.ndarray) -> str:
+    """Text of token ids; one that GPT-2's vocabulary does not have stands as ``<50300>``."""
+    runs = np.split(tokens, np.flatnonzero(np.diff(tokens >= VOCAB_SIZE)) + 1)
+    known = get_tokenizer().decode
+    return "".join(known(run.tolist()) if run[0] < VOCAB_SIZE else "".join(f"<{t}>" for t in run) for run in runs)
