@@ -5,6 +5,7 @@ import os
 import shlex
 import signal
 import sys
+import time
 import warnings
 from contextlib import nullcontext
 from pathlib import Path
@@ -155,6 +156,8 @@ class CLI(LightningCLI):
 
     def _loggers(self) -> list[Logger]:
         """One folder for all starts of a run, whose events TensorBoard reads as one line."""
+        while any(self.run_dir.glob(f"events.out.tfevents.{int(time.time()):010d}.*")):
+            time.sleep(0.05)  # files are read in the order of their names, which tell the second
         # a validation at the resumed step came before its checkpoint and stays; what came after is made again
         purge_step = self.resumed_step + 1 if self.resumed_step else 0
         events = TensorBoardLogger(

@@ -81,7 +81,7 @@ def claim(run_dir: Path) -> IO[bytes]:
         raise ValueError(_cannot_write(run_dir, error.strerror)) from None
     if not os.access(checkpoints, os.W_OK | os.X_OK):
         raise ValueError(_cannot_write(checkpoints, "it is read-only"))
-    if not try_lock(file):
+    if not try_lock(file, of_process=True):
         file.close()
         raise ValueError(
             f"another `gpt2 fit` is running in {run_dir}: wait until it has ended, or choose another run_dir"

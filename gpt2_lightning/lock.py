@@ -5,11 +5,12 @@ import sys
 from typing import IO
 
 
-def try_lock(file: IO[bytes]) -> bool:
-    """Takes an open file against other processes until it is closed; False where another has it.
+def try_lock(file: IO[bytes], of_process: bool) -> bool:
+    """Takes an open file against others until it is closed; False where another has it.
 
-    On POSIX it is a record lock, which forked processes do not inherit: a reader process that outlives a killed run by
-    seconds does not hold it.
+    Args:
+        of_process: the process holds it, so that forked children, which may outlive it by seconds, do not, and its
+            threads share it; else the open file itself does, against threads as well.
     """
     try:
         if sys.platform == "win32":
@@ -19,7 +20,7 @@ def try_lock(file: IO[bytes]) -> bool:
         else:
             import fcntl
 
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            (fcntl.lockf if of_process else fcntl.flock)(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
             return False

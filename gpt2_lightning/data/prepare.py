@@ -201,9 +201,9 @@ def _refuse_other(out: Path, there: dict[str, Any], here: dict[str, Any]) -> Non
 def _lock(root: Path) -> Iterator[None]:
     """Holds ``root`` against other processes. The lock is the system's: it goes with its process, however that ends."""
     with (root / LOCK_NAME).open("wb") as file:
-        if not try_lock(file):
+        if not try_lock(file, of_process=False):
             print(f"another process is preparing {root}: waiting for it to end", file=sys.stderr)
-            while not try_lock(file):
+            while not try_lock(file, of_process=False):
                 time.sleep(0.5)
         yield
 
