@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -76,11 +77,13 @@ def claim(run_dir: Path) -> IO[bytes]:
     checkpoints = run_dir / "checkpoints"
     try:
         checkpoints.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=checkpoints).close()  # a right that is missing shows now, not at the first save
         file = (run_dir / ".lock").open("ab")
     except OSError as error:
-        raise ValueError(_cannot_write(run_dir, error.strerror)) from None
-    if not os.access(checkpoints, os.W_OK | os.X_OK):
-        raise ValueError(_cannot_write(checkpoints, "it is read-only"))
+        raise ValueError(
+            f"{checkpoints} cannot be written to ({error.strerror}): give this user the right to, or choose another "
+            "run_dir"
+        ) from None
     if not try_lock(file, of_process=True):
         file.close()
         raise ValueError(
@@ -89,10 +92,6 @@ def claim(run_dir: Path) -> IO[bytes]:
     for half_written in checkpoints.glob(".*.tmp"):
         half_written.unlink()
     return file
-
-
-def _cannot_write(path: Path, reason: str | None) -> str:
-    return f"{path} cannot be written to ({reason}): give this user the right to, or choose another run_dir"
 
 
 def checkpoint_to_resume(run_dir: Path, resume: Resume) -> Path | None:

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -129,6 +130,25 @@ def test_two_processes_train_as_one_does(launcher, make_shards, write_recipe, re
     weights = [load(Path(run) / "checkpoints" / "last.ckpt").state_dict() for run in (tmp_path / "run", "two")]
     for name, value in weights[0].items():
         torch.testing.assert_close(weights[1][name], value, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="torch.compile needs a C++ compiler")
+def test_a_checkpoint_is_the_same_compiled_or_not(make_shards, write_recipe, read_scalars, tmp_path):
+    recipe = write_recipe(make_shards())
+    runs = {"plain": ["false", "false"], "there": ["true", "false"], "back": ["false", "true"]}
+    for name, (first, second) in runs.items():
+        args = ["fit", "--config", str(recipe), "--run_dir", name, "--model.compile"]
+        schedule = ["--model.lr_scheduler.init_args.max_steps", "6"]
+        assert main([*args, first, *schedule, "--trainer.max_steps", "3"]) == 0
+        assert main([*args, second, *schedule, "--resume", "must"]) == 0
+    keys = [list(torch.load(f"{name}/checkpoints/step_000003.ckpt", weights_only=True)["state_dict"]) for name in runs]
+    assert keys[0] == keys[1] == keys[2]
+    curves = [read_scalars(Path(name)) for name in runs]
+    for other in curves[1:]:
+        for tag in ("train/loss", "train/grad_norm", "val/loss"):
+            assert list(other[tag]) == list(curves[0][tag])
+            np.testing.assert_allclose(list(other[tag].values()), list(curves[0][tag].values()), rtol=1e-5, err_msg=tag)
 
 
 def test_a_resumed_run_obeys_a_new_learning_rate_decay_and_length(make_shards, write_recipe, read_scalars, tmp_path):

@@ -220,8 +220,25 @@ def test_a_run_folder_that_cannot_be_written_is_refused_at_start(make_shards, wr
     assert main(["fit", "--config", str(recipe)]) == 1
     said = capsys.readouterr().err.strip().splitlines()
     assert len(said) == 1
-    assert f"{run} cannot be written to" in said[0]
+    assert f"{run / 'checkpoints'} cannot be written to" in said[0]
     assert "choose another run_dir" in said[0]
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write everywhere")
+def test_a_read_only_checkpoint_folder_is_refused_at_start(make_shards, write_recipe, tmp_path, capsys):
+    args = ["fit", "--config", str(write_recipe(make_shards()))]
+    assert main([*args, "--trainer.max_steps", "3"]) == 0
+    folder = tmp_path / "run" / "checkpoints"
+    folder.chmod(0o555)
+    try:
+        assert main(args) == 1
+        said = capsys.readouterr().err.strip().splitlines()[-1]
+        assert str(folder) in said
+        assert "give this user the right" in said
+    finally:
+        folder.chmod(0o755)
+    assert torch.load(folder / "last.ckpt", weights_only=True)["global_step"] == 3
+    assert main(args) == 0
 
 
 def test_what_a_killed_job_half_wrote_is_cleared_away(tmp_path):
