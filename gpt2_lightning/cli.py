@@ -128,10 +128,12 @@ class CLI(LightningCLI):
             raise ValueError("trainer.max_steps is not set: give the number of optimizer steps of the whole run")
         self.claim = claim(self.run_dir) if is_first_process() else nullcontext()
         self.resumed_step = 0
-        if config.ckpt_path is None or config.resume == "never":
-            config.ckpt_path = checkpoint_to_resume(self.run_dir, config.resume)
-        if config.ckpt_path is not None:
-            checkpoint = read_checkpoint(Path(config.ckpt_path))
+        # beside the config, whose saved copy is a recipe for other runs too
+        self.checkpoint: Path | None = config.ckpt_path and Path(config.ckpt_path)
+        if self.checkpoint is None or config.resume == "never":
+            self.checkpoint = checkpoint_to_resume(self.run_dir, config.resume)
+        if self.checkpoint is not None:
+            checkpoint = read_checkpoint(self.checkpoint)
             self.resumed_step = checkpoint["global_step"]
             refuse_other_seed(checkpoint, config.seed_everything)
 
@@ -169,10 +171,10 @@ class CLI(LightningCLI):
         if self.trainer.is_global_zero:
             shape = ", ".join(f"{name}={value}" for name, value in model.hparams["config"].items())
             print(f"model: {model.model.num_parameters():,} parameters ({shape})")
-            if kwargs["ckpt_path"] is not None:
-                print(f"resuming from {kwargs['ckpt_path']} at step {self.resumed_step}")
+            if self.checkpoint is not None:
+                print(f"resuming from {self.checkpoint} at step {self.resumed_step}")
         with self.claim:
-            self.trainer.fit(model, **kwargs)
+            self.trainer.fit(model, **kwargs | {"ckpt_path": self.checkpoint})
         last = self.run_dir / "checkpoints" / "last.ckpt"
         number = stop_signal(self.trainer)
         if number:
