@@ -17,6 +17,7 @@ COMMANDS = {
     "generate": "continue a prompt",
     "hellaswag": "score a model on HellaSwag",
     "export": "write weights for transformers, or for llm.c",
+    "bench": "the video's ladder of speed on this machine, beside its limits",
 }
 
 
@@ -51,6 +52,7 @@ def main(args: Sequence[str] | None = None) -> int:
         "generate": _generate,
         "hellaswag": _hellaswag,
         "export": _export,
+        "bench": _bench,
     }[command]
     try:
         run(args)
@@ -254,6 +256,40 @@ def _export(args: list[str]) -> None:
 
     export(given.checkpoint, given.out, given.format, given.dtype)
     print(f"wrote {given.out}")
+
+
+def _bench(args: list[str]) -> None:
+    parser = Parser(prog="gpt2 bench", description="Climb the video's ladder of speed on this machine.")
+    parser.add_argument("--rungs", metavar="A,B", help="time these only; each still keeps what those below it changed")
+    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    shape = ("block_size", "n_layer", "n_head", "n_embd", "micro_batch_size")
+    for name in shape:
+        parser.add_argument(f"--{name}", type=int, help="default: the video's on a GPU, quickstart's on a CPU")
+    given = parser.parse_args(args[1:])
+    for name in shape:
+        if getattr(given, name) is not None and getattr(given, name) < 1:
+            parser.error(f"--{name} is {getattr(given, name)}: give a whole number of at least 1")
+    import contextlib
+    import json
+    from dataclasses import replace
+
+    import torch
+
+    from gpt2_lightning.bench import RUNGS, default_shape, measure
+
+    known = [rung.name for rung in RUNGS]
+    names = given.rungs.split(",") if given.rungs else known
+    if unknown := [name for name in names if name not in known]:
+        parser.error(f"no rung {', '.join(unknown)}: choose from {','.join(known)}")
+    device = torch.device(_device())
+    config, micro_batch_size = default_shape(device)
+    typed = {name: getattr(given, name) for name in shape[:-1] if getattr(given, name) is not None}
+    config, micro_batch_size = replace(config, **typed), given.micro_batch_size or micro_batch_size
+    table = sys.stderr if given.json else sys.stdout
+    with contextlib.redirect_stdout(sys.stderr):  # what the Trainer says is no part of the result
+        found = measure(config, micro_batch_size, device, names, table)
+    if given.json:
+        print(json.dumps(found))
 
 
 def _device() -> str:

@@ -1,12 +1,10 @@
 """``gpt2 fit`` and ``gpt2 validate``: LightningCLI over our module, data and callbacks. Wiring, nothing else."""
 
-import logging
 import os
 import shlex
 import signal
 import sys
 import time
-import warnings
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
@@ -29,26 +27,19 @@ from gpt2_lightning.callbacks.validation import ValidationLoss
 from gpt2_lightning.data.datamodule import TokenDataModule
 from gpt2_lightning.data.shards import atomic_file
 from gpt2_lightning.job import (
+    TRAINER_DEFAULTS,
     Resume,
     checkpoint_to_resume,
     claim,
     end_with_launcher,
     is_first_process,
+    quieten,
     refuse_other_seed,
     refuse_other_world,
     requeue,
 )
 from gpt2_lightning.module import GPTModule
 from gpt2_lightning.tokenizer import VOCAB_SIZE
-
-TRAINER_DEFAULTS: dict[str, Any] = {
-    "gradient_clip_val": 1.0,
-    "log_every_n_steps": 1,
-    "check_val_every_n_epoch": 2**31,  # never: ValidationLoss counts optimizer steps, Lightning micro-batches
-    "num_sanity_val_steps": 0,
-    "use_distributed_sampler": False,  # the batch samplers deal out to the ranks themselves, and pad nothing
-    "enable_model_summary": False,
-}
 
 
 class Parser(LightningArgumentParser):
@@ -211,16 +202,7 @@ def run(args: list[str]) -> None:
         )
         raise SystemExit(2)
     end_with_launcher()
-    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # of what Lightning calls
-    for name in ("lightning.pytorch", "lightning.fabric"):  # tips and the like: what a run is, it says itself
-        logging.getLogger(name).setLevel(logging.WARNING)
-    warnings.filterwarnings(
-        "ignore", ".*does not have many workers.*"
-    )  # a micro-batch is read in less than a millisecond
-    warnings.filterwarnings("ignore", ".*have no logger configured.*")  # `validate` writes into no run's events
-    warnings.filterwarnings("ignore", ".*callbacks used to create the checkpoint.*")  # other callbacks are obeyed
-    warnings.filterwarnings("ignore", ".*LeafSpec.*")  # Lightning against torch 2.13
-    warnings.filterwarnings("ignore", ".*your dataloader is not resumable.*")  # it is: it starts at global_step
+    quieten()
     if torch.cuda.is_available():
         torch.set_float32_matmul_precision("high")  # TF32, as in the video; bf16-mixed does not care
     CLI(

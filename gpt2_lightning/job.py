@@ -1,10 +1,12 @@
 """A job around a run: the processes that a launcher started, the folder that they share, and what comes after them."""
 
+import logging
 import os
 import subprocess
 import tempfile
 import threading
 import time
+import warnings
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -14,6 +16,29 @@ from gpt2_lightning.callbacks.checkpoint import saved_steps
 from gpt2_lightning.lock import try_lock
 
 Resume = Literal["auto", "must", "never"]
+
+TRAINER_DEFAULTS: dict[str, Any] = {
+    "gradient_clip_val": 1.0,
+    "log_every_n_steps": 1,
+    "check_val_every_n_epoch": 2**31,  # never: ValidationLoss counts optimizer steps, Lightning micro-batches
+    "num_sanity_val_steps": 0,
+    "use_distributed_sampler": False,  # the batch samplers deal out to the ranks themselves, and pad nothing
+    "enable_model_summary": False,
+}
+
+
+def quieten() -> None:
+    """Lightning's tips and warnings that are none here: what a run is, it says itself."""
+    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # of what Lightning calls
+    for name in ("lightning.pytorch", "lightning.fabric"):  # tips and the like: what a run is, it says itself
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings(
+        "ignore", ".*does not have many workers.*"
+    )  # a micro-batch is read in less than a millisecond
+    warnings.filterwarnings("ignore", ".*have no logger configured.*")  # `validate` writes into no run's events
+    warnings.filterwarnings("ignore", ".*callbacks used to create the checkpoint.*")  # other callbacks are obeyed
+    warnings.filterwarnings("ignore", ".*LeafSpec.*")  # Lightning against torch 2.13
+    warnings.filterwarnings("ignore", ".*your dataloader is not resumable.*")  # it is: it starts at global_step
 
 
 def is_first_process() -> bool:

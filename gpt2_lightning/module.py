@@ -105,6 +105,8 @@ class GPTModule(LightningModule):
             if "out of memory" not in str(error):
                 raise
             enough = False
+        if not enough:
+            torch.compiler.reset()  # a size that is never used must not count among those that may be compiled
         self.zero_grad()  # outside the handler, whose traceback holds the activations
         garbage_collection_cuda()
         return enough

@@ -32,6 +32,7 @@ FLOORS = {
     "data.datamodule": 2,
     "callbacks.*": 3,
     "job": 3,
+    "bench": 3,
     "cli": 4,
     "__main__": 4,
 }
