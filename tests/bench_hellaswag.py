@@ -2,7 +2,8 @@
 
     python tests/bench_hellaswag.py HELLASWAG.jsonl [rows]
 
-A GPT-2 of the 124M shape with random weights, fp32. The loop computes the context with each ending, and all logits.
+A GPT-2 of the 124M shape with random weights, fp32, on the GPU where there is one. The loop computes the context with
+each ending, and all logits.
 """
 
 import sys
@@ -31,6 +32,7 @@ def one_by_one(model: GPT, rows: list[Example]) -> list[tuple[int, int]]:
         for i, ending in enumerate(endings):
             tokens[i, : len(context) + len(ending)] = torch.tensor(context + ending)
             mask[i, len(context) : len(context) + len(ending)] = 1
+        tokens, mask = tokens.to(model.lm_head.weight.device), mask.to(model.lm_head.weight.device)
         logits = model(tokens)[:, :-1]  # (4, T-1, V)
         losses = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none").view(4, -1)
         sums = (losses * mask[:, 1:]).sum(1)
@@ -40,7 +42,7 @@ def one_by_one(model: GPT, rows: list[Example]) -> list[tuple[int, int]]:
 
 def main(path: str, count: int = 200) -> None:
     torch.manual_seed(0)
-    model = GPT(GPTConfig(vocab_size=50257)).eval()
+    model = GPT(GPTConfig(vocab_size=50257)).eval().to("cuda" if torch.cuda.is_available() else "cpu")
     rows = load_examples(path).rows
     chosen = list(rows[:: max(1, len(rows) // count)][:count])
     one_by_one(model, chosen[:2])
