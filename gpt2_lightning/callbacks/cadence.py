@@ -1,6 +1,7 @@
 """When to do something during training: after 0, N, 2N … optimizer steps and after the last one."""
 
 import time
+from abc import ABC, abstractmethod
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -21,7 +22,7 @@ def record(trainer: Trainer, values: dict[str, float], step: int) -> None:
     trainer.callback_metrics.update(values)  # type: ignore[arg-type]
 
 
-class EveryNSteps(Callback):
+class EveryNSteps(Callback, ABC):
     """Calls ``run`` after 0, N, 2N … optimizer steps and after the last, once each, also across a resume. 0 = off.
 
     What is due when a signal stops the run is done first thing by the run that goes on; after the last step none does.
@@ -39,9 +40,9 @@ class EveryNSteps(Callback):
         self.seconds = 0.0
         """Time spent in ``run``, which is not training time."""
 
+    @abstractmethod
     def run(self, trainer: Trainer, module: GPTModule, step: int) -> None:
         """What there is to do after ``step`` optimizer steps."""
-        raise NotImplementedError
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._run_if_due(trainer, pl_module)

@@ -1,12 +1,12 @@
 """What each optimizer step cost and gave, logged once a step: one synchronisation, however many micro-batches."""
 
 import time
-from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from gpt2_lightning.callbacks.cadence import EveryNSteps, record
+from gpt2_lightning.callbacks.each_step import EachStep
 from gpt2_lightning.module import GPTModule
 
 PEAK_FLOPS = {
@@ -27,7 +27,7 @@ def peak_flops(device: torch.device) -> float | None:
     return next((peak for prefix, peak in PEAK_FLOPS.items() if name.startswith(prefix)), None)
 
 
-class StepMetrics(Callback):
+class StepMetrics(EachStep):
     """Logs ``train/*`` of step s at x = s, as build-nanogpt numbers them, every ``trainer.log_every_n_steps`` steps.
 
     ``train/loss`` is the mean over the step's micro-batches and ranks, ``train/grad_norm`` the norm before clipping,
@@ -36,8 +36,9 @@ class StepMetrics(Callback):
     """
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
         self.peak = peak_flops(pl_module.device)
-        self.logged_step = self.seen_step = trainer.global_step
+        self.logged_step = trainer.global_step
         self.logged_at = time.perf_counter()
         self.pauses = self._pauses(trainer)
 
@@ -46,34 +47,27 @@ class StepMetrics(Callback):
     ) -> None:
         self.lr = optimizer.param_groups[0]["lr"]  # the scheduler moves on before the batch ends
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        assert isinstance(pl_module, GPTModule)
-        step = trainer.global_step  # optimizer steps made, this one among them
-        if step == self.seen_step:
-            return  # inside an accumulation
-        self.seen_step = step
+    def after_step(self, trainer: Trainer, module: GPTModule, steps: int) -> None:
         every_n_steps: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        due = every_n_steps > 0 and (step - 1) % every_n_steps == 0
-        if not due and step != trainer.max_steps:
+        due = every_n_steps > 0 and (steps - 1) % every_n_steps == 0
+        if not due and steps != trainer.max_steps:
             return
-        loss = pl_module.step_loss.item()
+        loss = module.step_loss.item()
         now, pauses = time.perf_counter(), self._pauses(trainer)
         seconds = now - self.logged_at - (pauses - self.pauses)
         tokens_before = trainer.datamodule.tokens_before  # type: ignore[attr-defined]
-        rate = (tokens_before(step) - tokens_before(self.logged_step)) / seconds
+        rate = (tokens_before(steps) - tokens_before(self.logged_step)) / seconds
         values = {
             "train/loss": loss,
-            "train/grad_norm": float(pl_module.grad_norm),
+            "train/grad_norm": float(module.grad_norm),
             "train/lr": float(self.lr),
-            "train/tokens": float(tokens_before(step)),
+            "train/tokens": float(tokens_before(steps)),
             "train/tokens_per_sec": rate,
         }
         if self.peak is not None:
-            values["train/mfu"] = rate * pl_module.model.flops_per_token() / (self.peak * trainer.world_size)
-        record(trainer, values, step - 1)
-        self.logged_step, self.logged_at, self.pauses = step, now, pauses
+            values["train/mfu"] = rate * module.model.flops_per_token() / (self.peak * trainer.world_size)
+        record(trainer, values, steps - 1)
+        self.logged_step, self.logged_at, self.pauses = steps, now, pauses
 
     @staticmethod
     def _pauses(trainer: Trainer) -> float:

@@ -2,13 +2,14 @@
 
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Trainer
 
+from gpt2_lightning.callbacks.each_step import EachStep
 from gpt2_lightning.data.datamodule import TokenDataModule
 from gpt2_lightning.module import GPTModule
 
 
-class NonFinite(Callback):
+class NonFinite(EachStep):
     """Names each step whose loss or gradient norm was not finite, and ends the run after several in a row.
 
     Args:
@@ -21,26 +22,17 @@ class NonFinite(Callback):
         self.stop_after = stop_after
         self.in_a_row = 0
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.seen_step = trainer.global_step
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if trainer.global_step == self.seen_step:
-            return  # inside an accumulation
-        self.seen_step = trainer.global_step
-        assert isinstance(pl_module, GPTModule)
-        if pl_module.step_applied:
+    def after_step(self, trainer: Trainer, module: GPTModule, steps: int) -> None:
+        if module.step_applied:
             self.in_a_row = 0
             return
         self.in_a_row += 1
         data = trainer.datamodule  # type: ignore[attr-defined]
         assert isinstance(data, TokenDataModule)
-        step = trainer.global_step - 1
+        step = steps - 1
         first, end = (data.tokens_before(s) // data.train.block_size for s in (step, step + 1))
         what = (
-            f"step {step}: loss {float(pl_module.step_loss):.4g}, gradient norm {float(pl_module.grad_norm):.4g} "
+            f"step {step}: loss {float(module.step_loss):.4g}, gradient norm {float(module.grad_norm):.4g} "
             f"(samples {first} to {end - 1})"
         )
         if 0 < self.stop_after <= self.in_a_row:
@@ -49,7 +41,7 @@ class NonFinite(Callback):
                 f"`gpt2 prepare --show {trainer.default_root_dir} --step {step}`, lower the learning rate, or raise "
                 "nonfinite.stop_after"
             )
-        pl_module.print(f"{what}: not finite, not applied")
+        module.print(f"{what}: not finite, not applied")
 
     def state_dict(self) -> dict[str, Any]:
         return {"in_a_row": self.in_a_row}

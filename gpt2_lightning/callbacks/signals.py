@@ -5,15 +5,17 @@ import signal
 import threading
 import time
 from types import FrameType
-from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from gpt2_lightning.callbacks.each_step import EachStep
+from gpt2_lightning.module import GPTModule
+
 SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name)]
 
 
-class StopOnSignal(Callback):
+class StopOnSignal(EachStep):
     """Notes a signal, agrees on it with the other ranks once a step, and stops the run there.
 
     It stands before the callbacks that evaluate: what is due at that step is left to the run that goes on. A second
@@ -28,7 +30,7 @@ class StopOnSignal(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.speaks = trainer.is_global_zero
-        self.seen_step = trainer.global_step
+        super().on_train_start(trainer, pl_module)
         if threading.current_thread() is not threading.main_thread():
             return  # Python takes signals on the main thread only
         for number in SIGNALS:  # over Lightning's own; its Trainer puts back what was there before the run
@@ -45,13 +47,8 @@ class StopOnSignal(Callback):
             text = f"\n{signal.Signals(number).name}: the run ends after this step, saved{also}\n"
             os.write(2, text.encode())  # print is not safe in a handler
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if trainer.global_step == self.seen_step:
-            return  # inside an accumulation
-        self.seen_step = trainer.global_step
-        noted = torch.tensor(self.noted, device=pl_module.device)
+    def after_step(self, trainer: Trainer, module: GPTModule, steps: int) -> None:
+        noted = torch.tensor(self.noted, device=module.device)
         self.signal = int(trainer.strategy.reduce(noted, reduce_op="max"))
         if self.signal:
             trainer.should_stop = True
