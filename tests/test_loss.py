@@ -55,11 +55,11 @@ def test_without_gradients_the_loss_is_the_same():
         torch.testing.assert_close(LinearCrossEntropy(8)(hidden, weight, targets), plain)
 
 
-def test_the_buffer_follows_the_size_and_type_of_the_call():
+def test_the_buffers_follow_the_size_and_type_of_the_call():
     loss = LinearCrossEntropy(8)
     for N in (37, 5, 8):
         hidden, weight, targets = _inputs(N=N)
         torch.testing.assert_close(loss(hidden, weight, targets), F.cross_entropy(F.linear(hidden, weight), targets))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert loss(hidden, weight, targets).dtype == torch.float32
-        assert loss.buffer.dtype == torch.bfloat16
+        assert (loss.logits.dtype, loss.rows.dtype) == (torch.bfloat16, torch.float32)
