@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 
 from gpt2_lightning import load
 from gpt2_lightning.__main__ import main
@@ -219,3 +220,31 @@ def test_a_disk_that_is_full_leaves_the_last_good_checkpoint(recipe, read_scalar
     assert "Traceback" not in full.stderr
     assert {path: path.read_bytes() for path in Path("run/checkpoints").iterdir()} == before
     _assert_as_if_never_cut(recipe, read_scalars, 4, *args[3:])
+
+
+class CountBroadcasts(Callback):
+    """Prints how often the ranks broadcast while they train."""
+
+    def on_train_start(self, trainer, pl_module):
+        self.count, broadcast = 0, torch.distributed.broadcast
+
+        def counted(*args, **kwargs):
+            self.count += 1
+            return broadcast(*args, **kwargs)
+
+        torch.distributed.broadcast = counted
+
+    def on_train_end(self, trainer, pl_module):
+        if trainer.is_global_zero:
+            print("broadcasts:", self.count)
+
+
+def test_no_micro_batch_waits_for_the_other_ranks(recipe):
+    # Lightning alone asks them before each of the 4 · 4 micro-batches; we at the end of a step, by an all-reduce
+    flags = ["--data.micro_batch_size", "1", "--trainer.max_steps", "4", "--validation.every_n_steps", "0"]
+    process = _start(
+        recipe, *TWO, *flags, "--trainer.callbacks+=test_job.CountBroadcasts", PYTHONPATH=str(Path(__file__).parent)
+    )
+    code, out, err = _end(process)
+    assert code == 0, err
+    assert "broadcasts: 0" in out

@@ -35,6 +35,9 @@ class StopOnSignal(EachStep):
             return  # Python takes signals on the main thread only
         for number in SIGNALS:  # over Lightning's own; its Trainer puts back what was there before the run
             signal.signal(number, self._note)
+        # Lightning asks rank 0 for a SIGTERM before each micro-batch, and so waits for the device there. `after_step`
+        # asks all ranks once a step, and Lightning's own handler, which it would hear of, is no longer in place.
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         # torchrun sends its workers the Ctrl-C that the terminal has sent them already

@@ -1,0 +1,181 @@
+"""What might make a training step faster, each alone, switched on and off in turn within one run of `fit`. Not a test.
+
+    python tests/bench_options.py [rounds] [configs/quickstart.yaml] [more flags of gpt2 fit]
+
+Every option alternates with the training path as it is, in blocks of steps of the same run, so that a noisy machine
+hits both alike. Printed is by how much the option makes the steps faster (median over the pairs of blocks, and
+quartiles); what is kept has to show 0.5 %. With `--trainer.devices 2` the options of DDP's loop are tried as well. The
+last line is the share of the time that the loop waits for its data: prefetching more cannot gain more than that.
+"""
+
+import gc
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from gpt2_lightning.__main__ import main
+from gpt2_lightning.loss import LinearCrossEntropy
+from gpt2_lightning.module import CHUNK_LOGITS
+
+STEPS_PER_BLOCK, WARM_UP = 10, 3  # the first steps of a block compile, tune or fill caches, and are not counted
+
+Handle = Callable[[torch.Tensor], torch.Tensor]
+
+
+def options(trainer: Trainer, module: Any) -> dict[str, Callable[[], Callable[[], None]]]:
+    """By name: what switches an option on, and returns what switches it off again."""
+    device_type = trainer.strategy.root_device.type
+    usual: Handle = module.next_token_loss
+    compiled = not hasattr(usual, "__func__")
+
+    def handle(make: Callable[[], Handle]) -> Callable[[], Callable[[], None]]:
+        """Another way to compute the loss, made once, when it is first switched on."""
+        made: list[Handle] = []
+
+        def on() -> Callable[[], None]:
+            made[:] = made or [make()]
+            module.next_token_loss = made[0]
+            return lambda: setattr(module, "next_token_loss", usual)
+
+        return on
+
+    def compile_with(**settings: bool) -> Handle:
+        return torch.compile(module._next_token_loss, dynamic=False, options=settings)
+
+    def attention(backend: SDPBackend) -> Handle:
+        # the backend is chosen while it is traced, so each has a handle of its own
+        inner = torch.compile(module._next_token_loss, dynamic=False) if compiled else module._next_token_loss
+
+        def next_token_loss(ids: torch.Tensor) -> torch.Tensor:
+            with sdpa_kernel(backend):
+                return inner(ids)
+
+        return next_token_loss
+
+    def loss(chunk_tokens: int | None) -> Handle:
+        criterion = LinearCrossEntropy(chunk_tokens)
+
+        def next_token_loss(ids: torch.Tensor) -> torch.Tensor:
+            hidden = module.model.hidden(ids[:, :-1]).flatten(0, 1)
+            return criterion(hidden, module.model.lm_head.weight, ids[:, 1:].flatten())
+
+        return torch.compile(next_token_loss, dynamic=False) if compiled else next_token_loss
+
+    def frozen() -> Callable[[], None]:
+        gc.collect()
+        gc.freeze()
+        return gc.unfreeze
+
+    def item_per_micro_batch() -> Callable[[], None]:
+        step = module.training_step
+
+        def training_step(batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+            result = step(batch, batch_idx)
+            result.item()
+            return result
+
+        module.training_step = training_step
+        return lambda: delattr(module, "training_step")
+
+    def lightnings_broadcast() -> Callable[[], None]:
+        loop: Any = trainer.fit_loop.epoch_loop
+        ours = loop._broadcast_sigterm_tensor
+        loop._broadcast_sigterm_tensor = lambda: _TrainingEpochLoop._broadcast_sigterm_tensor(loop)
+        return lambda: setattr(loop, "_broadcast_sigterm_tensor", ours)
+
+    chunk_tokens = max(1, CHUNK_LOGITS // module.model.config.vocab_size)
+    chunked = module.loss.chunk_tokens is not None
+    found = {
+        "nothing (the noise)": lambda: lambda: None,
+        "loss whole" if chunked else "loss in chunks": handle(lambda: loss(None if chunked else chunk_tokens)),
+        "attention as matmuls": handle(lambda: attention(SDPBackend.MATH)),
+        "flash attention": handle(lambda: attention(SDPBackend.FLASH_ATTENTION)),
+        "garbage collector frozen": frozen,
+        "one .item() per micro-batch": item_per_micro_batch,
+    }
+    if device_type == "cuda":
+        found["cuDNN attention"] = handle(lambda: attention(SDPBackend.CUDNN_ATTENTION))
+    if compiled:
+        found["eager"] = handle(lambda: module._next_token_loss)
+        found["max-autotune-no-cudagraphs"] = handle(lambda: compile_with(max_autotune=True))
+        found["coordinate descent"] = handle(lambda: compile_with(coordinate_descent_tuning=True))
+    else:
+        found["compile"] = handle(lambda: torch.compile(module._next_token_loss, dynamic=False))
+    if trainer.world_size > 1:
+        found["Lightning's broadcast per micro-batch"] = lightnings_broadcast
+    return found
+
+
+class Alternate(Callback):
+    """Block by block: the path as it is, an option, the path as it is, the next option …"""
+
+    def __init__(self, rounds: int) -> None:
+        self.rounds = rounds
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.options = options(trainer, pl_module)
+        self.queue = [name for _ in range(self.rounds) for name in self.options for name in (None, name)]
+        self.seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in self.options}
+        self.off: Callable[[], None] = lambda: None
+        self.usual = 0.0
+        self.waited = self.whole = 0.0
+        self.ended = time.perf_counter()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self.waited += time.perf_counter() - self.ended  # since the last batch ended: the loader, and the transfer
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        steps, rest = divmod(batch_idx + 1, trainer.accumulate_grad_batches)
+        block, step = divmod(steps, STEPS_PER_BLOCK)
+        if rest == 0 and step in (0, WARM_UP):
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            now = time.perf_counter()
+            if step == WARM_UP:
+                self.began = now
+            elif block > 1:
+                self._note(self.queue[block - 2], now - self.began)
+            if step == 0:
+                self.off()
+                trainer.should_stop = block > len(self.queue)
+                name = None if trainer.should_stop else self.queue[block - 1]
+                self.off = self.options[name]() if name else lambda: None
+        now = time.perf_counter()
+        self.whole += now - self.ended
+        self.ended = now
+
+    def _note(self, name: str | None, seconds: float) -> None:
+        if name is None:
+            self.usual = seconds
+        else:
+            self.seconds[name].append((self.usual, seconds))
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        print(f"\n{'':40}{'faster by':>10}   quartiles")
+        for name, pairs in self.seconds.items():
+            gains = [usual / with_it - 1 for usual, with_it in pairs]
+            low, median, high = statistics.quantiles(gains, n=4) if len(gains) > 1 else gains * 3
+            print(f"{name:40}{median:+10.1%}   {low:+.1%} to {high:+.1%}")
+        print(f"waiting for data: {self.waited / self.whole:.2%} of the time")
+
+
+if __name__ == "__main__":
+    rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 5
+    recipe = sys.argv[2] if len(sys.argv) > 2 else "configs/quickstart.yaml"
+    off = [f"--{section}.every_n_steps=0" for section in ("validation", "hellaswag", "samples", "checkpoint")]
+    with tempfile.TemporaryDirectory() as run_dir:
+        callback = ["--trainer.callbacks+=bench_options.Alternate", f"--trainer.callbacks.rounds={rounds}"]
+        flags = ["--trainer.max_steps=100000", *off, f"--run_dir={run_dir}/run", *callback]
+        raise SystemExit(main(["fit", f"--config={recipe}", *flags, *sys.argv[3:]]))
