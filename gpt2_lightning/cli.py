@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
@@ -40,6 +41,8 @@ from gpt2_lightning.job import (
 )
 from gpt2_lightning.module import GPTModule
 from gpt2_lightning.tokenizer import VOCAB_SIZE
+
+CONFIG_FLAGS = {"--config", "-c"}
 
 
 class Parser(LightningArgumentParser):
@@ -83,8 +86,12 @@ class CLI(LightningCLI):
         parser.add_lightning_class_args(Samples, "samples")
         parser.add_lightning_class_args(NonFinite, "nonfinite")
         parser.add_lightning_class_args(StepCheckpoint, "checkpoint")
-        parser.link_arguments("validation.tokens", "data.validation_tokens")
+        into = "data.init_args" if self.subclass_mode_data else "data"
+        parser.link_arguments("validation.tokens", f"{into}.validation_tokens")
         parser.add_argument("--run_dir", type=str | None, help="folder of the run (default: runs/<the config's name>)")
+        parser.add_argument(
+            "--expected", type=dict[str, float], default={}, help="figures to print beside `validate`'s, by their names"
+        )
         parser.add_argument(
             "--resume",
             type=Resume,
@@ -112,6 +119,8 @@ class CLI(LightningCLI):
                 config.ckpt_path = str(last)
             if config.ckpt_path is not None:  # one door to weights: whatever `load` opens
                 config.model.init_from, config.ckpt_path = config.ckpt_path, None
+            if config.trainer.strategy == "fully_shard":  # evaluation alone needs no more than the weights
+                config.trainer.strategy = "auto"
             return
         if config.trainer.min_steps or config.trainer.min_epochs:
             raise ValueError("trainer.min_steps and min_epochs would keep a run from stopping: leave them out")
@@ -190,11 +199,30 @@ class CLI(LightningCLI):
 
     def validate(self, model: GPTModule, **kwargs: Any) -> None:
         self.trainer.validate(model, **kwargs | {"verbose": False})
+        for name, value in self.config.validate.expected.items():
+            found = self.trainer.callback_metrics.get(name)
+            print(f"{name}: expected {value}, found {'nothing' if found is None else f'{float(found):.4f}'}")
+
+
+def names_data_class(args: list[str]) -> bool:
+    """Whether data is a class of the user's own, with ``class_path`` and ``init_args``, rather than plain settings."""
+    if any(arg == "--data" or arg.startswith(("--data=", "--data.class_path")) for arg in args):
+        return True
+    pairs = zip(args, [*args[1:], ""], strict=True)
+    paths = [arg.partition("=")[2] or following for arg, following in pairs if arg.partition("=")[0] in CONFIG_FLAGS]
+    for path in filter(Path.is_file, map(Path, paths)):
+        try:
+            config = yaml.safe_load(path.read_text())
+        except (yaml.YAMLError, UnicodeDecodeError):
+            continue  # the parser says what is wrong with it
+        if isinstance(config, dict) and "class_path" in (config.get("data") or {}):
+            return True
+    return False
 
 
 def run(args: list[str]) -> None:
     """Runs ``fit …`` or ``validate …``."""
-    if not {"--config", "-c", "-h", "--help", "--print_config"} & {arg.partition("=")[0] for arg in args}:
+    if not {*CONFIG_FLAGS, "-h", "--help", "--print_config"} & {arg.partition("=")[0] for arg in args}:
         recipes = sorted(str(path) for path in Path("configs").glob("*.yaml"))
         print(f"usage: gpt2 {args[0]} --config FILE [--trainer.… --model.… --data.…]", file=sys.stderr)
         print(
@@ -208,6 +236,7 @@ def run(args: list[str]) -> None:
     CLI(
         GPTModule,
         TokenDataModule,
+        subclass_mode_data=names_data_class(args),
         save_config_callback=SaveConfig,
         trainer_defaults=TRAINER_DEFAULTS,
         seed_everything_default=1337,

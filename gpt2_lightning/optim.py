@@ -103,10 +103,14 @@ class Muon(AdamW):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        loss = None
+        if closure is not None:  # before the groups are taken apart: Lightning clears and clips gradients in there
+            with torch.enable_grad():
+                loss = closure()
         groups = self.param_groups
         try:  # torch's AdamW sees the groups that are its own
             self.param_groups = [group for group in groups if not group["orthogonal"]]
-            loss = super().step(closure)
+            super().step()
         finally:
             self.param_groups = groups
         for group in groups:

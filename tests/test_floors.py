@@ -28,6 +28,7 @@ FLOORS = {
     "data.prepare": 1,
     "data.show": 1,
     "evals.hellaswag": 1,
+    "sharding": 2,
     "module": 2,
     "data.datamodule": 2,
     "callbacks.*": 3,

@@ -78,7 +78,7 @@ def test_an_update_is_about_as_large_as_adamws():
     Muon(model.named_parameters(), lr=1.0, weight_decay=0.0).step()
     for name in ("h.0.attn.c_proj.weight", "h.1.mlp.c_fc.weight", "h.1.mlp.c_proj.weight"):
         change = model.transformer.get_parameter(name) - before[f"transformer.{name}"]
-        assert 0.15 < float(change.square().mean().sqrt()) < 0.25, name
+        assert 0.15 < change.detach().square().mean().sqrt().item() < 0.25, name
 
 
 def test_singular_values_come_near_one():
@@ -137,6 +137,21 @@ def test_what_has_no_gradient_stays_as_it_is():
     optimizer.step()
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
     assert not optimizer.state
+
+
+def test_a_closure_sees_all_parameters():
+    model = GPT(CONFIG)
+    optimizer = Muon(model.named_parameters())
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+
+    def closure() -> float:
+        assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(model.parameters()))
+        optimizer.zero_grad()  # as Lightning's does
+        assert all(p.grad is None for p in model.parameters())
+        return model(torch.zeros(1, 8, dtype=torch.long)).square().mean().backward() or 1.5
+
+    assert optimizer.step(closure) == 1.5
 
 
 def test_every_parameter_is_in_one_group_and_what_is_1d_does_not_decay():
