@@ -1,4 +1,4 @@
-"""``gpt2 fit`` and ``gpt2 validate``: LightningCLI over our module, data and callbacks. Wiring, nothing else."""
+"""``gpt2 fit``, ``validate`` and ``plan``: LightningCLI over our module, data and callbacks. Wiring, nothing else."""
 
 import os
 import shlex
@@ -49,7 +49,7 @@ class Parser(LightningArgumentParser):
     """jsonargparse whose usage errors are one line of usage and one sentence."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:  # type: ignore[override]
-        print("usage: gpt2 fit|validate --config FILE [--trainer.… --model.… --data.…]", file=sys.stderr)
+        print("usage: gpt2 fit|validate|plan --config FILE [--trainer.… --model.… --data.…]", file=sys.stderr)
         print(f"gpt2: error: {' '.join(message.split())}", file=sys.stderr)
         raise SystemExit(2)
 
@@ -220,7 +220,7 @@ def names_data_class(args: list[str]) -> bool:
     return False
 
 
-def run(args: list[str]) -> None:
+def run(args: list[str], cli: type[CLI] = CLI) -> CLI:
     """Runs ``fit …`` or ``validate …``."""
     if not {*CONFIG_FLAGS, "-h", "--help", "--print_config"} & {arg.partition("=")[0] for arg in args}:
         recipes = sorted(str(path) for path in Path("configs").glob("*.yaml"))
@@ -233,7 +233,7 @@ def run(args: list[str]) -> None:
     quieten()
     if torch.cuda.is_available():
         torch.set_float32_matmul_precision("high")  # TF32, as in the video; bf16-mixed does not care
-    CLI(
+    return cli(
         GPTModule,
         TokenDataModule,
         subclass_mode_data=names_data_class(args),
@@ -245,3 +245,24 @@ def run(args: list[str]) -> None:
         args=args,
         auto_configure_optimizers=False,
     )
+
+
+class Reader(CLI):
+    """Parses as ``gpt2 fit`` does, and builds nothing: the devices of the recipe need not be there."""
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        super().parse_arguments(parser, ["fit", *args[1:]])
+
+    def before_instantiate_classes(self) -> None:
+        """No folder is claimed."""
+
+    def instantiate_classes(self) -> None:
+        """No trainer, no model, no data."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Nothing runs."""
+
+
+def read_recipe(args: list[str]) -> Any:
+    """What ``gpt2 fit`` would train with the arguments of ``plan …``: the sections of the recipe, as values."""
+    return run(args, Reader).config.fit
