@@ -87,7 +87,7 @@ def refuse_other_strategies(strategy: str | Strategy) -> None:
         ValueError: this package does not train with it, or there is none of that name.
     """
     name = strategy if isinstance(strategy, str) else type(strategy).__name__
-    kind = name.removesuffix("Strategy").lower()
+    kind = name.rpartition(".")[2].removesuffix("Strategy").lower()
     if getattr(strategy, "_start_method", "popen") != "popen":  # of DDPStrategy
         kind = f"ddp_{strategy._start_method}"  # type: ignore[union-attr]
     for beginning, why in REFUSED_STRATEGIES.items():

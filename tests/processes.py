@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
@@ -51,14 +51,19 @@ def await_exit(process: ForkServerProcess) -> int | None:
 
 
 @contextlib.contextmanager
-def commands(output: Path, *commands: list[str]) -> Iterator[list["subprocess.Popen[bytes]"]]:
-    """Commands of the shell, started together; whatever is left of them at the end is killed."""
+def commands(
+    output: Path, *commands: list[str], environments: Sequence[dict[str, str]] = ()
+) -> Iterator[list["subprocess.Popen[bytes]"]]:
+    """Commands of the shell, each in its environment, started together; what is left of them at the end is killed."""
     with output.open("ab") as file:
         started = [
             subprocess.Popen(
-                [sys.executable, *command], stdout=file, stderr=file, env=os.environ | {"OMP_NUM_THREADS": "1"}
+                [sys.executable, *command],
+                stdout=file,
+                stderr=file,
+                env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
             )
-            for command in commands
+            for command, environment in zip(commands, environments or [{}] * len(commands), strict=True)
         ]
     try:
         yield started
