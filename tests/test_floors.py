@@ -14,6 +14,8 @@ FLOORS = {
     "schedule": 0,
     "tokenizer": 0,
     "lock": 0,
+    "baselines": 0,
+    "run_folder": 0,
     "data.shards": 0,
     "evals.multiple_choice": 0,
     "weights": 1,
@@ -33,6 +35,8 @@ FLOORS = {
     "callbacks.*": 3,
     "job": 3,
     "bench": 3,
+    "charts": 3,
+    "report": 3,
     "cli": 4,
     "__main__": 4,
 }
