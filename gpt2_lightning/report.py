@@ -24,17 +24,12 @@ from gpt2_lightning.charts import (
     standard_error,
 )
 from gpt2_lightning.data.shards import atomic_file
-from gpt2_lightning.run_folder import Run, Start, read_run
+from gpt2_lightning.run_folder import MAIN_SETTINGS, Run, Start, read_run
 
 OF_NO_INTEREST = re.compile(
     r"run_dir|resume|ckpt_path|weights_only|trainer\.(logger|enable_.*|default_root_dir|callbacks)"
 )
 """Settings that make no other model: where a run lies, what it shows."""
-MAIN = re.compile(
-    r"model\.(config\..*|init_from|optimizer.*|lr_scheduler.*)|data\.(?!num_workers).*|"
-    r"trainer\.(max_steps|precision|devices|num_nodes|strategy|gradient_clip_val)|seed_everything"
-)
-"""Settings that are shown of a run alone."""
 
 
 def write_report(folders: Sequence[Path], out: Path | None = None) -> tuple[Path, list[str]]:
@@ -119,7 +114,7 @@ def settings(runs: Sequence[Run]) -> dict[str, list[str]]:
     names = list(dict.fromkeys(name for run in runs for name in run.config if not OF_NO_INTEREST.fullmatch(name)))
     table = {name: [run.config.get(name, "–") for run in runs] for name in names}
     if len(runs) == 1:
-        return {name: values for name, values in table.items() if MAIN.fullmatch(name)}
+        return {name: values for name, values in table.items() if MAIN_SETTINGS.fullmatch(name)}
     return {name: values for name, values in table.items() if len(set(values)) > 1}
 
 

@@ -12,6 +12,11 @@ import yaml
 
 NANOGPT_STEP_TOKENS = 524288
 """Tokens of a step where only a ``log.txt`` is there: build-nanogpt's, whose format that is."""
+MAIN_SETTINGS = re.compile(
+    r"model\.(config\..*|init_from|optimizer.*|lr_scheduler.*)|data\.(?!num_workers).*|"
+    r"trainer\.(max_steps|precision|devices|num_nodes|strategy|gradient_clip_val)|seed_everything"
+)
+"""The names of the settings that make a run what it is."""
 LOG_WORDS = {"train": "train/loss", "val": "val/loss", "hella": "hellaswag/acc_norm"}
 
 
