@@ -161,8 +161,8 @@ def _hellaswag(tag: str) -> Callable[["Axes", Numbered], None]:
         all_rows = all(hellaswag_set(run, tag)[1] in (None, HELLASWAG_ROWS) for run in runs.values())
         _lines(ax, HELLASWAG[tag], "" if all_rows else f"on {HELLASWAG_ROWS:,} rows")
         _lines(ax, {"chance": CHANCE})
-        values = np.concatenate([run.curves[f"{tag}/acc_norm"].values for run in runs.values()])
-        ax.set_ylim(min(CHANCE, values.min()) - 0.02, max(*HELLASWAG[tag].values(), values.max()) + 0.02)
+        drawn, published = ax.dataLim, HELLASWAG[tag].values()
+        ax.set_ylim(min(CHANCE, drawn.ymin) - 0.02, max(*published, drawn.ymax) + 0.02)
         ax.set_ylabel("share of right endings")
 
     return draw

@@ -12,6 +12,9 @@ from gpt2_lightning.callbacks.hellaswag import HellaSwag
 from gpt2_lightning.module import GPTModule
 from gpt2_lightning.run_folder import MAIN_SETTINGS, flat
 
+SELDOM_CHANGED = {"betas", "devices", "eps", "gradient_clip_val", "num_nodes", "root", "strategy", "validation_tokens"}
+"""Left out of TensorBoard's table, which sorts by name and shows five columns: among them are lr and max_steps."""
+
 
 class Dashboard(Callback):
     """Writes into the run's own event file, so that TensorBoard's hyper-parameters are no runs of their own.
@@ -34,11 +37,10 @@ class Dashboard(Callback):
         tags = [callback.tag for callback in scores]
         self.yardsticks = published(self.config["data"]["source"], tags)
         settings = flat(self.config | {"model": self.config["model"] | {"config": pl_module.hparams["config"]}})
-        shown = {  # short, for a narrow table that is sorted by name; of two max_steps the trainer's, which comes first
-            name.rpartition(".")[2]: _number(value)
-            for name, value in reversed(settings.items())
-            if MAIN_SETTINGS.fullmatch(name) and value != "null"
-        }
+        main = {name: value for name, value in settings.items() if MAIN_SETTINGS.fullmatch(name) and value != "null"}
+        # short, for a narrow table; of two max_steps the trainer's, which comes first
+        short = {name.rpartition(".")[2]: _number(value) for name, value in reversed(main.items())}
+        shown = {name: value for name, value in short.items() if name not in SELDOM_CHANGED}
         metrics = dict.fromkeys(["val/loss", *(f"{tag}/acc_norm" for tag in tags)], 0)  # the last value of each
         experiment, start, _ = hparams(shown, metrics)
         for writer in _writers(trainer):
