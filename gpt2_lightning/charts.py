@@ -316,7 +316,8 @@ def _dash(i: int) -> str:
 
 
 def _thinned(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """A long line by the lowest and the highest point of each part of it, so that its spikes stay."""
+    """A long line by the lowest and the highest point of each part, so that its spikes stay; NaN and inf do not."""
+    x, y = x[np.isfinite(y)], y[np.isfinite(y)]
     if len(x) <= MOST_POINTS:
         return x, y
     parts = np.array_split(np.arange(len(x)), MOST_POINTS // 2)
@@ -326,6 +327,7 @@ def _thinned(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _medians(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Of each hundredth of a line; all of it where that is less than three points."""
+    x, y = x[np.isfinite(y)], y[np.isfinite(y)]
     if len(x) < 300:
         return x, y
     parts = np.array_split(np.arange(len(x)), 100)

@@ -86,7 +86,8 @@ def figures(run: Run) -> dict[str, str]:
     """What a run has reached, by name."""
     found = {}
     if val := run.curves.get("val/loss"):
-        best = f"; lowest {np.nanmin(val.values):.4f}" if np.nanmin(val.values) < val.last else ""
+        lowest = np.nanmin(val.values)
+        best = "" if val.last == lowest else f"; lowest {lowest:.4f}"
         found["val/loss"] = f"{val.last:.4f} (after {val.steps[-1]:,} steps{best})"
     if train := run.curves.get("train/loss"):
         last = train.values[-max(1, len(train.values) // 50) :]
@@ -97,8 +98,8 @@ def figures(run: Run) -> dict[str, str]:
             error = f" ± {standard_error(score.values[-1:], rows)[0]:.4f} (n = {rows:,}, {name})" if rows else ""
             found[f"{tag}/acc_norm"] = f"{score.last:.4f}{error or ' (n not recorded)'}"
     steps = max(curve.steps[-1] + tag.startswith("train/") for tag, curve in run.curves.items())
-    of = run.config.get("trainer.max_steps")
-    found["steps"] = f"{steps:,}" + (f" of {int(of):,}" if of else "")
+    of = run.config.get("trainer.max_steps", "")
+    found["steps"] = f"{steps:,}" + (f" of {int(of):,}" if of.isdigit() else "")
     found["tokens"] = f"{run.tokens_after(np.array([steps]))[0]:,.0f}"
     if run.starts:
         found["time"] = f"{_hours(sum(start.seconds for start in run.starts))}, evaluations and all"

@@ -50,6 +50,15 @@ def test_settings_scores_and_yardsticks_of_one_run_in_one_place(make_shards, wri
     assert all(list(values) == list(logged["val/loss"]) for values in yardsticks.values())
     assert [values[0] for values in yardsticks.values()] == pytest.approx([0.2955, 0.337, 0.4893])
 
+    # build-nanogpt's notebook takes log.txt apart so
+    streams: dict[str, dict[int, float]] = {}
+    for line in (cut_run / "log.txt").read_text().splitlines():
+        step, stream, value = line.split()
+        streams.setdefault(stream, {})[int(step)] = float(value)
+    assert set(streams) == {"train", "val", "hella"}
+    for stream, tag in (("train", "train/loss"), ("val", "val/loss"), ("hella", "hellaswag/acc_norm")):
+        assert streams[stream] == pytest.approx(logged[tag], abs=1e-4)
+
     # and the report knows how many questions HellaSwag has
     run = read_run(cut_run)
     assert run.texts["hellaswag/examples"] == {0: "builtin, 48 rows"}

@@ -14,7 +14,7 @@ import yaml
 from torch.utils.tensorboard import SummaryWriter
 
 from gpt2_lightning.__main__ import main
-from gpt2_lightning.charts import hellaswag_set, panels, standard_error
+from gpt2_lightning.charts import _medians, _thinned, hellaswag_set, panels, standard_error
 from gpt2_lightning.report import compare, figures, page, samples, settings, starts
 from gpt2_lightning.run_folder import Curve, Run, Start, flat, read_run
 
@@ -292,10 +292,24 @@ def test_a_config_that_is_none_is_told(tmp_path):
     assert run.notes == [f"{tmp_path / 'config.yaml'} is not the config of a run: it is left out"]
 
 
-def test_numbers_that_are_none_leave_gaps(tmp_path):
-    _write(tmp_path, {"train/loss": {0: 5.0, 1: math.nan, 2: math.inf, 3: 4.0}, "val/loss": {0: 5.0, 4: math.nan}})
+def test_numbers_that_are_none_are_left_out(tmp_path):
+    losses = {step: math.nan if step % 3 == 0 else math.inf if step % 3 == 1 else 5.0 for step in range(5000)}
+    _write(tmp_path, {"train/loss": losses, "train/grad_norm": losses, "val/loss": {0: 5.0, 4: math.nan}})
     assert main(["report", str(tmp_path)]) == 0
-    assert "nan (after 4 steps" in (tmp_path / "report.html").read_text()
+    assert "nan (after 4 steps; lowest 5.0000)" in (tmp_path / "report.html").read_text()
+
+
+def test_a_long_line_keeps_its_spikes():
+    y = np.ones(30_000)
+    y[[7, 12_345]] = (9.0, -9.0)
+    x, kept = _thinned(np.arange(30_000), y)
+    assert len(kept) == 2000
+    assert (kept.max(), kept.min()) == (9.0, -9.0)
+    assert x[[kept.argmax(), kept.argmin()]].tolist() == [7, 12_345]
+    assert (np.diff(x) >= 0).all()
+    x, middle = _medians(np.arange(30_000), y)
+    assert middle.tolist() == [1.0] * 100
+    assert x[:2].tolist() == [149.5, 449.5]
 
 
 def test_neither_torch_nor_lightning_is_imported(tmp_path):

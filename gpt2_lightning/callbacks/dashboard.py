@@ -19,6 +19,8 @@ SELDOM_CHANGED = {"betas", "devices", "eps", "gradient_clip_val", "num_nodes", "
 class Dashboard(Callback):
     """Writes into the run's own event file, so that TensorBoard's hyper-parameters are no runs of their own.
 
+    Of the settings of several starts TensorBoard shows the first's; what a later one changed, ``gpt2 report`` tells.
+
     A chart's lines are tags, so the published figures are tags as well: ``yardstick/…``, which TensorBoard sorts behind
     ``val/…``, with a value at each validation, so that they are as long as the curves.
 
