@@ -132,11 +132,9 @@ def starts(run: Run) -> list[tuple[str, str, str]]:
 def _what_changed(run: Run, i: int, start: Start) -> Iterable[str]:
     reached = max((before.last_step for before in run.starts[:i]), default=-1) + 1
     if i > 0 and start.first_step >= 0:
-        again = reached - start.first_step
-        if start.first_step == 0:
-            yield "began anew"
-        else:
-            yield f"went on after {start.first_step:,} steps" + (f", {again:,} of them made again" if again > 0 else "")
+        yield f"went on after {start.first_step:,} steps" if start.first_step > 0 else "began anew"
+        if reached > start.first_step:
+            yield f"made {reached - start.first_step:,} steps again"
     if i > 0 and len(run.configs) == len(run.starts):
         ours, theirs = run.configs[i], run.configs[i - 1]
         for name in ours:

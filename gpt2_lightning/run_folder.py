@@ -20,7 +20,7 @@ MAIN_SETTINGS = re.compile(
 LOG_WORDS = {"train": "train/loss", "val": "val/loss", "hella": "hellaswag/acc_norm"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # arrays are not equal or unequal
 class Curve:
     """One logged number over a run, each step once."""
 
@@ -47,7 +47,7 @@ class Start:
     last_step: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Run:
     """A run's folder. Several starts make one curve: what was made again stands there once."""
 

@@ -54,7 +54,7 @@ def test_several_starts_are_one_curve(tmp_path):
     assert [(start.first_step, start.last_step) for start in run.starts] == [(0, 4), (2, 3), (2, 3)]
     assert run.notes == []
     assert [what for _, _, what in starts(run)] == [
-        "", "went on after 2 steps, 3 of them made again", "went on after 2 steps, 3 of them made again"
+        "", "went on after 2 steps; made 3 steps again", "went on after 2 steps; made 3 steps again"
     ]  # fmt: skip
 
 
@@ -125,6 +125,11 @@ def test_losses_of_different_vocabularies_are_not_drawn_together():
     assert drawn["Loss, the whole run"] == ["bpe", "unpadded"]
     assert drawn["Batch size"] == ["bpe", "bytes", "unpadded"]
     assert "5.5000" in page(runs)  # the figures are told of each
+
+
+def test_the_same_run_twice_is_no_error(tmp_path):
+    _write(tmp_path, {"train/loss": {0: 5.0, 1: 4.0}})
+    assert main(["report", str(tmp_path), str(tmp_path)]) == 0
 
 
 def test_losses_of_different_text_are_told():
