@@ -102,7 +102,7 @@ def _loss(ax: "Axes", runs: Numbered) -> None:
             at = run.tokens_after(np.array(resumed))
             line = ax.plot(at, np.zeros(len(at)), "^", color=_colour(i), transform=ax.get_xaxis_transform())[0]
             line.set_clip_on(False)
-            line.set_label(f"{run.name}: resumed")
+            line.set_label(f"{_short(run)}: resumed")
 
 
 def _late_loss(ax: "Axes", runs: Numbered) -> None:
@@ -136,11 +136,11 @@ def _draw_losses(ax: "Axes", runs: Numbered, only_like: bool = False) -> None:
     for i, run in runs.items():
         if train := run.curves.get("train/loss"):
             x, y = _thinned(_x(run, train), train.values)
-            ax.plot(x, y, color=_colour(i), alpha=0.35, linewidth=0.8, label=f"{run.name}: train")
+            ax.plot(x, y, color=_colour(i), alpha=0.35, linewidth=0.8, label=f"{_short(run)}: train")
         if val := run.curves.get("val/loss"):
             few = len(val.steps) <= 50
             ax.plot(_x(run, val), val.values, _dash(i), marker="o" if few else "", markersize=3.5, color=_colour(i),
-                    label=f"{run.name}: validation")  # fmt: skip
+                    label=f"{_short(run)}: validation")  # fmt: skip
     if _is_fineweb(runs) or (not only_like and all(_vocabulary(run) == VOCAB_SIZE for run in runs.values())):
         _lines(ax, VAL_LOSS, "" if _is_fineweb(runs) else "on FineWeb-EDU")
     ax.set_ylabel("loss, nats per token")
@@ -153,7 +153,7 @@ def _hellaswag(tag: str) -> Callable[["Axes", Numbered], None]:
             x, y, rows = _x(run, curve), curve.values, hellaswag_set(run, tag)[1]
             few = len(y) <= 50
             of = f" ({rows:,} rows)" if rows else ""
-            ax.plot(x, y, _dash(i), marker="o" if few else "", markersize=3.5, color=_colour(i), label=run.name + of)
+            ax.plot(x, y, _dash(i), marker="o" if few else "", markersize=3.5, color=_colour(i), label=_short(run) + of)
             if rows:
                 error = standard_error(y, rows)
                 label = "± one standard error" if i == max(runs) else None
@@ -171,7 +171,7 @@ def _hellaswag(tag: str) -> Callable[["Axes", Numbered], None]:
 def _rate(ax: "Axes", runs: Numbered) -> None:
     for i, run in runs.items():
         curve = run.curves["train/lr"]
-        ax.plot(_x(run, curve), curve.values, _dash(i), color=_colour(i), label=run.name)
+        ax.plot(_x(run, curve), curve.values, _dash(i), color=_colour(i), label=_short(run))
     ax.set_ylim(bottom=0)
     ax.ticklabel_format(axis="y", style="sci", scilimits=(-2, 4))
     ax.set_ylabel("learning rate")
@@ -192,7 +192,7 @@ def _step_tokens(ax: "Axes", runs: Numbered) -> None:
     for i, run in runs.items():
         curve = run.step_tokens()
         assert curve is not None
-        ax.plot(_x(run, curve), curve.values, _dash(i), color=_colour(i), label=run.name, drawstyle="steps-post")
+        ax.plot(_x(run, curve), curve.values, _dash(i), color=_colour(i), label=_short(run), drawstyle="steps-post")
     ax.set_ylim(0, 1.1 * ax.get_ylim()[1])
     ax.yaxis.set_major_formatter(_thousands)
     ax.set_ylabel("tokens per step")
@@ -211,7 +211,7 @@ def _noisy(ax: "Axes", runs: Numbered, tag: str) -> None:
         curve = run.curves[tag]
         x, y = _x(run, curve), curve.values
         ax.plot(*_thinned(x, y), color=_colour(i), alpha=0.35, linewidth=0.8)
-        ax.plot(*_medians(x, y), _dash(i), color=_colour(i), label=f"{run.name} (median)")
+        ax.plot(*_medians(x, y), _dash(i), color=_colour(i), label=f"{_short(run)} (median)")
 
 
 PANELS = (
@@ -282,8 +282,15 @@ def _finish(ax: "Axes", panel: Panel, runs: Numbered) -> None:
     ax.set_title(panel.title)
     ax.set_xlabel("tokens trained on")
     ax.xaxis.set_major_formatter(_thousands)
-    if len(ax.get_legend_handles_labels()[1]) > 1:  # below the chart, where it hides nothing
-        ax.legend(loc="upper left", bbox_to_anchor=(0, -0.16), ncols=2, borderaxespad=0, handlelength=3)
+    labels = ax.get_legend_handles_labels()[1]
+    if len(labels) > 1:  # below the chart, where it hides nothing
+        columns = 2 if max(map(len, labels)) < 32 else 1
+        ax.legend(loc="upper left", bbox_to_anchor=(0, -0.16), ncols=columns, borderaxespad=0, handlelength=3)
+
+
+def _short(run: Run) -> str:
+    """The end of a long name, which is a path."""
+    return run.name if len(run.name) <= 40 else f"…{run.name[-39:]}"
 
 
 def _thousands(value: float, _position: float = 0) -> str:
