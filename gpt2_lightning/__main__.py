@@ -17,6 +17,7 @@ COMMANDS = {
     "generate": "continue a prompt",
     "hellaswag": "score a model on HellaSwag",
     "export": "write weights for transformers, or for llm.c",
+    "plan": "parameters, memory, time and cost of a recipe, before anything runs: --config … [--gpu h100 --gpus 8]",
     "bench": "the video's ladder of speed on this machine, beside its limits",
     "report": "curves, figures and samples of runs, as a page and a picture",
 }
@@ -53,6 +54,7 @@ def main(args: Sequence[str] | None = None) -> int:
         "generate": _generate,
         "hellaswag": _hellaswag,
         "export": _export,
+        "plan": _plan,
         "bench": _bench,
         "report": _report,
     }[command]
@@ -258,6 +260,43 @@ def _export(args: list[str]) -> None:
 
     export(given.checkpoint, given.out, given.format, given.dtype)
     print(f"wrote {given.out}")
+
+
+def _plan(args: list[str]) -> None:
+    parser = Parser(
+        prog="gpt2 plan",
+        description="What a recipe asks for, before anything runs: parameters, FLOPs, tokens, memory, time, cost.",
+        epilog="Every --config, --trainer.…, --model.… and --data.… of gpt2 fit as well.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--gpus", type=int, help="how many, over all nodes (default: the recipe's devices · num_nodes)")
+    parser.add_argument("--gpu", help="which kind, such as h100 or 4090, or its memory alone, such as 24GB")
+    parser.add_argument("--mfu", type=float, default=0.4, help="assumed share of the GPUs' peak (default: 0.4)")
+    parser.add_argument("--dollars_per_hour", type=float, help="price of one GPU")
+    parser.add_argument("--micro_batch_size", metavar="N", help="short for --data.micro_batch_size")
+    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    given, recipe_args = parser.parse_known_args(args[1:])
+    if given.gpus is not None and given.gpus < 1:
+        parser.error(f"--gpus is {given.gpus}: give a whole number of at least 1")
+    if not 0 < given.mfu <= 1:
+        parser.error(f"--mfu is {given.mfu:g}: give a share above 0 and up to 1, such as 0.4")
+    if given.dollars_per_hour is not None and not 0 <= given.dollars_per_hour < float("inf"):
+        parser.error(f"--dollars_per_hour is {given.dollars_per_hour:g}: give the price of one GPU, such as 2.50")
+    import json
+
+    from gpt2_lightning.gpus import find_gpu
+
+    try:
+        gpu = find_gpu(given.gpu) if given.gpu else None
+    except ValueError as error:
+        parser.error(str(error))
+    if given.micro_batch_size is not None:
+        recipe_args += ["--data.micro_batch_size", given.micro_batch_size]
+    from gpt2_lightning.cli import read_recipe
+    from gpt2_lightning.plan import describe, plan
+
+    found = plan(read_recipe(["plan", *recipe_args]), gpu, given.gpus, given.mfu, given.dollars_per_hour)
+    print(json.dumps(found) if given.json else describe(found))
 
 
 def _bench(args: list[str]) -> None:

@@ -21,10 +21,11 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from gpt2_lightning.callbacks.metrics import StepMetrics, peak_flops
+from gpt2_lightning.callbacks.metrics import StepMetrics
 from gpt2_lightning.callbacks.nonfinite import NonFinite
 from gpt2_lightning.data.datamodule import TokenDataModule
 from gpt2_lightning.data.shards import write_shard
+from gpt2_lightning.gpus import peak_flops
 from gpt2_lightning.job import TRAINER_DEFAULTS, quieten
 from gpt2_lightning.loss import LinearCrossEntropy
 from gpt2_lightning.model import GPT, GPTConfig

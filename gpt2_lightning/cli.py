@@ -1,4 +1,4 @@
-"""``gpt2 fit`` and ``gpt2 validate``: LightningCLI over our module, data and callbacks. Wiring, nothing else."""
+"""``gpt2 fit``, ``validate`` and ``plan``: LightningCLI over our module, data and callbacks. Wiring, nothing else."""
 
 import os
 import shlex
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
@@ -42,12 +43,14 @@ from gpt2_lightning.job import (
 from gpt2_lightning.module import GPTModule
 from gpt2_lightning.tokenizer import VOCAB_SIZE
 
+CONFIG_FLAGS = {"--config", "-c"}
+
 
 class Parser(LightningArgumentParser):
     """jsonargparse whose usage errors are one line of usage and one sentence."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:  # type: ignore[override]
-        print("usage: gpt2 fit|validate --config FILE [--trainer.… --model.… --data.…]", file=sys.stderr)
+        print("usage: gpt2 fit|validate|plan --config FILE [--trainer.… --model.… --data.…]", file=sys.stderr)
         print(f"gpt2: error: {' '.join(message.split())}", file=sys.stderr)
         raise SystemExit(2)
 
@@ -84,8 +87,12 @@ class CLI(LightningCLI):
         parser.add_lightning_class_args(Samples, "samples")
         parser.add_lightning_class_args(NonFinite, "nonfinite")
         parser.add_lightning_class_args(StepCheckpoint, "checkpoint")
-        parser.link_arguments("validation.tokens", "data.validation_tokens")
+        into = "data.init_args" if self.subclass_mode_data else "data"
+        parser.link_arguments("validation.tokens", f"{into}.validation_tokens")
         parser.add_argument("--run_dir", type=str | None, help="folder of the run (default: runs/<the config's name>)")
+        parser.add_argument(
+            "--expected", type=dict[str, float], default={}, help="figures to print beside `validate`'s, by their names"
+        )
         parser.add_argument(
             "--resume",
             type=Resume,
@@ -113,6 +120,8 @@ class CLI(LightningCLI):
                 config.ckpt_path = str(last)
             if config.ckpt_path is not None:  # one door to weights: whatever `load` opens
                 config.model.init_from, config.ckpt_path = config.ckpt_path, None
+            if config.trainer.strategy == "fully_shard":  # evaluation alone needs no more than the weights
+                config.trainer.strategy = "auto"
             return
         if config.trainer.min_steps or config.trainer.min_epochs:
             raise ValueError("trainer.min_steps and min_epochs would keep a run from stopping: leave them out")
@@ -192,11 +201,30 @@ class CLI(LightningCLI):
 
     def validate(self, model: GPTModule, **kwargs: Any) -> None:
         self.trainer.validate(model, **kwargs | {"verbose": False})
+        for name, value in self.config.validate.expected.items():
+            found = self.trainer.callback_metrics.get(name)
+            print(f"{name}: expected {value}, found {'nothing' if found is None else f'{float(found):.4f}'}")
 
 
-def run(args: list[str]) -> None:
+def names_data_class(args: list[str]) -> bool:
+    """Whether data is a class of the user's own, with ``class_path`` and ``init_args``, rather than plain settings."""
+    if any(arg == "--data" or arg.startswith(("--data=", "--data.class_path")) for arg in args):
+        return True
+    pairs = zip(args, [*args[1:], ""], strict=True)
+    paths = [arg.partition("=")[2] or following for arg, following in pairs if arg.partition("=")[0] in CONFIG_FLAGS]
+    for path in filter(Path.is_file, map(Path, paths)):
+        try:
+            config = yaml.safe_load(path.read_text())
+        except (yaml.YAMLError, UnicodeDecodeError):
+            continue  # the parser says what is wrong with it
+        if isinstance(config, dict) and "class_path" in (config.get("data") or {}):
+            return True
+    return False
+
+
+def run(args: list[str], cli: type[CLI] = CLI) -> CLI:
     """Runs ``fit …`` or ``validate …``."""
-    if not {"--config", "-c", "-h", "--help", "--print_config"} & {arg.partition("=")[0] for arg in args}:
+    if not {*CONFIG_FLAGS, "-h", "--help", "--print_config"} & {arg.partition("=")[0] for arg in args}:
         recipes = sorted(str(path) for path in Path("configs").glob("*.yaml"))
         print(f"usage: gpt2 {args[0]} --config FILE [--trainer.… --model.… --data.…]", file=sys.stderr)
         print(
@@ -207,9 +235,10 @@ def run(args: list[str]) -> None:
     quieten()
     if torch.cuda.is_available():
         torch.set_float32_matmul_precision("high")  # TF32, as in the video; bf16-mixed does not care
-    CLI(
+    return cli(
         GPTModule,
         TokenDataModule,
+        subclass_mode_data=names_data_class(args),
         save_config_callback=SaveConfig,
         trainer_defaults=TRAINER_DEFAULTS,
         seed_everything_default=1337,
@@ -218,3 +247,24 @@ def run(args: list[str]) -> None:
         args=args,
         auto_configure_optimizers=False,
     )
+
+
+class Reader(CLI):
+    """Parses as ``gpt2 fit`` does, and builds nothing: the devices of the recipe need not be there."""
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        super().parse_arguments(parser, ["fit", *args[1:]])
+
+    def before_instantiate_classes(self) -> None:
+        """No folder is claimed."""
+
+    def instantiate_classes(self) -> None:
+        """No trainer, no model, no data."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Nothing runs."""
+
+
+def read_recipe(args: list[str]) -> Any:
+    """What ``gpt2 fit`` would train with the arguments of ``plan …``: the sections of the recipe, as values."""
+    return run(args, Reader).config.fit

@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass(frozen=True)
@@ -94,11 +95,16 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """GPT-2. ``model(idx)`` gives logits; ``model.hidden(idx)`` stops before the head, for what needs no logits."""
+    """GPT-2. ``model(idx)`` gives logits; ``model.hidden(idx)`` stops before the head, for what needs no logits.
+
+    Where ``activation_checkpointing`` is set, training keeps each block's input only and computes the rest of it again
+    in the backward pass: the same numbers for a third more compute and a fraction of the memory.
+    """
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
+        self.activation_checkpointing = False
         wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.transformer = nn.ModuleDict(
             {
@@ -143,7 +149,10 @@ class GPT(nn.Module):
             positions = torch.arange(T, device=idx.device)  # (T,)
         x = self.transformer["wte"](idx) + self.transformer["wpe"](positions)  # (B, T, n_embd)
         for i, block in enumerate(self.transformer["h"]):  # type: ignore[var-annotated, arg-type]
-            x = block(x, mask, None if cache is None else cache[i])
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x, mask, None if cache is None else cache[i])
         return self.transformer["ln_f"](x)
 
     def forward(self, idx: Tensor) -> Tensor:

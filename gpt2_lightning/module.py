@@ -12,12 +12,14 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.memory import garbage_collection_cuda
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torchmetrics import MeanMetric
 
 from gpt2_lightning.loss import LinearCrossEntropy
 from gpt2_lightning.model import GPT, GPTConfig
 from gpt2_lightning.optim import AdamW, decay_groups
 from gpt2_lightning.schedule import WarmupCosine
+from gpt2_lightning.sharding import shard
 from gpt2_lightning.tokenizer import VOCAB_SIZE
 from gpt2_lightning.weights import load
 
@@ -36,6 +38,8 @@ class GPTModule(LightningModule):
         lr_scheduler: a class and its arguments, stepped once per optimizer step; a ``max_steps`` of null among them
             becomes ``trainer.max_steps``.
         compile: torch.compile the training step: auto does so on CUDA.
+        activation_checkpointing: compute each block again in the backward pass rather than keep it: the same losses, a
+            third slower, for models that do not fit otherwise.
         chunked_loss: never hold the whole logits (see ``loss.py``): auto does so on a CPU, where it is faster; on a
             small GPU it saves memory.
     """
@@ -48,6 +52,7 @@ class GPTModule(LightningModule):
         lr_scheduler: LRSchedulerCallable = lambda optimizer: WarmupCosine(optimizer),
         compile: Literal["auto"] | bool = "auto",
         chunked_loss: Literal["auto"] | bool = "auto",
+        activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         if isinstance(config, dict):  # as `load_from_checkpoint` gives it back
@@ -61,6 +66,7 @@ class GPTModule(LightningModule):
                 f"{_differences(asdict(config), asdict(self.model.config))}; "
                 "set model.config to null to take the weights' own shape"
             )
+        self.model.activation_checkpointing = activation_checkpointing
         self.save_hyperparameters({"config": asdict(self.model.config)})
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
@@ -87,6 +93,10 @@ class GPTModule(LightningModule):
         self.next_token_loss: Callable[[Tensor], Tensor] = (
             torch.compile(self._next_token_loss, dynamic=False) if compiled else self._next_token_loss
         )
+
+    def configure_model(self) -> None:
+        if self.device_mesh is not None and not isinstance(self.model, FSDPModule):  # trainer.strategy is fully_shard
+            shard(self.model, self.device_mesh["data_parallel"])
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         differences = _differences(self.hparams["config"], checkpoint["hyper_parameters"]["config"])
@@ -154,7 +164,8 @@ class GPTModule(LightningModule):
         """
         mean = self.loss_sum / self.trainer.accumulate_grad_batches
         self.step_loss = self.trainer.strategy.reduce(mean, reduce_op="mean")
-        self.grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val or float("inf"))
+        norm: Any = torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val or float("inf"))
+        self.grad_norm = norm.full_tensor() if isinstance(self.model, FSDPModule) else norm
         self.step_applied = bool(torch.isfinite(self.step_loss + self.grad_norm))
         if not self.step_applied:
             optimizer.zero_grad()
@@ -164,8 +175,8 @@ class GPTModule(LightningModule):
             optimizer = self.optimizer(decay_groups(self.named_parameters()))
         except (TypeError, ValueError) as error:
             raise ValueError(
-                f"model.optimizer cannot take GPT-2's parameter groups ({error}): choose a class that accepts groups, "
-                "each with its own weight_decay, such as torch.optim.AdamW"
+                f"model.optimizer cannot be set up ({error}): correct its arguments, or choose a class that accepts "
+                "parameter groups, each with its own weight_decay, such as torch.optim.AdamW"
             ) from error
         optimizer.register_load_state_dict_pre_hook(_keep_typed_options)
         self.typed_lrs = [group["lr"] for group in optimizer.param_groups]

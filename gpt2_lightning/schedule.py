@@ -1,6 +1,7 @@
 """Learning-rate and batch-size schedules: pure functions of the step, and the thin classes that carry them."""
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -23,8 +24,25 @@ def warmup_cosine(step: int, max_lr: float, min_lr: float, warmup_steps: int, ma
     return min_lr + 0.5 * (1.0 + math.cos(math.pi * ratio)) * (max_lr - min_lr)
 
 
-class WarmupCosine(LRScheduler):
-    """``warmup_cosine`` with each parameter group's own lr as its peak.
+def warmup_stable_decay(
+    step: int, max_lr: float, min_lr: float, warmup_steps: int, decay_steps: float, max_steps: float
+) -> float:
+    """Learning rate of step ``step`` (from 0): linear warm-up, ``max_lr``, and in the last steps a line to ``min_lr``.
+
+    The line takes ``decay_steps``, or all that the warm-up leaves where that is less, and ends at ``max_steps``.
+    """
+    if step < warmup_steps:
+        return max_lr * (step + 1) / warmup_steps
+    if step >= max_steps:
+        return min_lr
+    if max_steps == math.inf:
+        return max_lr
+    steps = min(decay_steps, max_steps - warmup_steps)
+    return min_lr + (max_lr - min_lr) * min(1.0, (max_steps - step) / steps if steps else 1.0)
+
+
+class Warmup(LRScheduler, ABC):
+    """A schedule that warms up; ``rate`` says what comes then. Each parameter group's own lr is its peak.
 
     Args:
         optimizer: its groups' ``lr`` are the peaks.
@@ -33,9 +51,7 @@ class WarmupCosine(LRScheduler):
         min_lr: the floor, reached at ``max_steps`` and kept after it.
     """
 
-    def __init__(
-        self, optimizer: Optimizer, warmup_steps: int = 715, max_steps: int | None = None, min_lr: float = 6e-5
-    ) -> None:
+    def __init__(self, optimizer: Optimizer, warmup_steps: int, max_steps: int | None, min_lr: float) -> None:
         if warmup_steps < 0:
             raise ValueError(f"lr_scheduler.warmup_steps is {warmup_steps}: give 0 or more optimizer steps")
         if max_steps is not None and max_steps < warmup_steps:
@@ -48,12 +64,13 @@ class WarmupCosine(LRScheduler):
         self.min_lr = min_lr
         super().__init__(optimizer)
 
+    @abstractmethod
+    def rate(self, step: int, max_lr: float, max_steps: float) -> float:
+        """Learning rate of step ``step`` (from 0) for the peak ``max_lr``; ``max_steps`` may be infinite."""
+
     def get_lr(self) -> list[float | Tensor]:
         end = math.inf if self.max_steps is None else self.max_steps
-        return [
-            warmup_cosine(self.last_epoch, float(max_lr), self.min_lr, self.warmup_steps, end)
-            for max_lr in self.base_lrs
-        ]
+        return [self.rate(self.last_epoch, float(max_lr), end) for max_lr in self.base_lrs]
 
     def state_dict(self) -> dict[str, int]:
         """The step alone: peak, floor and length are the command's, also when it goes on with a run."""
@@ -63,6 +80,54 @@ class WarmupCosine(LRScheduler):
         self.last_epoch = state_dict["last_epoch"]
         for group, lr in zip(self.optimizer.param_groups, self.get_lr(), strict=True):
             group["lr"] = lr
+
+
+class WarmupCosine(Warmup):
+    """``warmup_cosine``: build-nanogpt's schedule, GPT-3's. Arguments as ``Warmup``'s."""
+
+    def __init__(
+        self, optimizer: Optimizer, warmup_steps: int = 715, max_steps: int | None = None, min_lr: float = 6e-5
+    ) -> None:
+        super().__init__(optimizer, warmup_steps, max_steps, min_lr)
+
+    def rate(self, step: int, max_lr: float, max_steps: float) -> float:
+        return warmup_cosine(step, max_lr, self.min_lr, self.warmup_steps, max_steps)
+
+
+class WarmupStableDecay(Warmup):
+    """``warmup_stable_decay``: before the decay, a run can be made longer. Arguments as ``Warmup``'s.
+
+    Args:
+        decay_steps: optimizer steps of the line down to ``min_lr`` at the end.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        warmup_steps: int = 715,
+        decay_steps: int = 3800,
+        max_steps: int | None = None,
+        min_lr: float = 0.0,
+    ) -> None:
+        if decay_steps < 0:
+            raise ValueError(f"lr_scheduler.decay_steps is {decay_steps}: give 0 or more optimizer steps")
+        self.decay_steps = decay_steps
+        super().__init__(optimizer, warmup_steps, max_steps, min_lr)
+
+    def rate(self, step: int, max_lr: float, max_steps: float) -> float:
+        return warmup_stable_decay(step, max_lr, self.min_lr, self.warmup_steps, self.decay_steps, max_steps)
+
+
+class WarmupLinear(Warmup):
+    """Linear warm-up, then a line from the peak to ``min_lr``, which is 0. Arguments as ``Warmup``'s."""
+
+    def __init__(
+        self, optimizer: Optimizer, warmup_steps: int = 715, max_steps: int | None = None, min_lr: float = 0.0
+    ) -> None:
+        super().__init__(optimizer, warmup_steps, max_steps, min_lr)
+
+    def rate(self, step: int, max_lr: float, max_steps: float) -> float:
+        return warmup_stable_decay(step, max_lr, self.min_lr, self.warmup_steps, math.inf, max_steps)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What several tests need: tiny shards, a tiny recipe, a run's logged numbers."""
+"""What several tests need: tiny shards, a tiny recipe, a run's logged numbers, a command that is refused."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from gpt2_lightning.__main__ import main
 
 
 @pytest.fixture(autouse=True)
@@ -74,3 +76,23 @@ def read_scalars() -> Callable[[Path], dict[str, dict[int, float]]]:
         return {tag: {e.step: e.value for e in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
 
     return read
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., None]:
+    """Runs ``gpt2 ARGS``, which has to fail with one sentence that holds all of ``parts``."""
+
+    def run(args: list[str], *parts: str, code: int = 1) -> None:
+        capsys.readouterr()
+        assert main([str(a) for a in args]) == code
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert "Traceback" not in "".join(lines)
+        assert lines[-1].startswith("gpt2"), lines
+        assert ": error: " in lines[-1], lines
+        for part in parts:
+            assert part in lines[-1]
+        if code == 2:
+            assert len(lines) == 2, lines
+            assert lines[0].startswith("usage: gpt2"), lines
+
+    return run

@@ -9,26 +9,6 @@ import torch
 from gpt2_lightning.__main__ import main
 
 
-@pytest.fixture
-def refused(capsys):
-    """Runs ``gpt2 ARGS``, which has to fail with one sentence that holds all of ``parts``."""
-
-    def run(args: list[str], *parts: str, code: int = 1) -> None:
-        capsys.readouterr()
-        assert main([str(a) for a in args]) == code
-        lines = capsys.readouterr().err.strip().splitlines()
-        assert "Traceback" not in "".join(lines)
-        assert lines[-1].startswith("gpt2"), lines
-        assert ": error: " in lines[-1], lines
-        for part in parts:
-            assert part in lines[-1]
-        if code == 2:
-            assert len(lines) == 2, lines
-            assert lines[0].startswith("usage: gpt2"), lines
-
-    return run
-
-
 def test_usage_errors_are_one_line_of_usage_and_one_sentence(refused, write_recipe, make_shards):
     recipe = write_recipe(make_shards())
     refused(["nonsense"], "no command 'nonsense'", "fit, validate, prepare", code=2)

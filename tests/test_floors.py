@@ -16,6 +16,7 @@ FLOORS = {
     "lock": 0,
     "baselines": 0,
     "run_folder": 0,
+    "gpus": 0,
     "data.shards": 0,
     "evals.multiple_choice": 0,
     "weights": 1,
@@ -30,6 +31,7 @@ FLOORS = {
     "data.prepare": 1,
     "data.show": 1,
     "evals.hellaswag": 1,
+    "sharding": 2,
     "module": 2,
     "data.datamodule": 2,
     "callbacks.*": 3,
@@ -37,6 +39,7 @@ FLOORS = {
     "bench": 3,
     "charts": 3,
     "report": 3,
+    "plan": 3,
     "cli": 4,
     "__main__": 4,
 }

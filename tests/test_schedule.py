@@ -14,9 +14,12 @@ from gpt2_lightning.schedule import (
     BatchSizeSchedule,
     Stage,
     WarmupCosine,
+    WarmupLinear,
+    WarmupStableDecay,
     batch_size_stages,
     tokens_before,
     warmup_cosine,
+    warmup_stable_decay,
 )
 
 GOLDEN = Path(__file__).parent / "data" / "golden_fp32" / "curve.json"
@@ -49,6 +52,38 @@ def test_without_warmup_it_starts_at_the_peak_and_without_a_decay_it_ends_at_the
     assert warmup_cosine(0, 1.0, 0.1, 0, 10) == 1.0
     assert warmup_cosine(5, 1.0, 0.1, 5, 5) == 0.1
     assert warmup_cosine(7, 1.0, 0.1, 5, math.inf) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("step", "lr"),
+    [(0, 0.25), (3, 1.0), (4, 1.0), (15, 1.0), (16, 1.0), (17, 0.775), (18, 0.55), (19, 0.325), (20, 0.1), (21, 0.1)],
+)
+def test_warm_up_stable_decay(step, lr):
+    assert warmup_stable_decay(step, 1.0, 0.1, 4, 4, 20) == pytest.approx(lr, rel=1e-12)
+
+
+def test_a_decay_is_cut_by_the_warm_up_and_an_end_that_is_not_known_is_never_near():
+    assert [warmup_stable_decay(s, 1.0, 0.0, 2, math.inf, 6) for s in range(7)] == [0.5, 1, 1, 0.75, 0.5, 0.25, 0]
+    assert warmup_stable_decay(10**6, 1.0, 0.0, 2, math.inf, math.inf) == 1.0
+    assert warmup_stable_decay(3, 1.0, 0.0, 3, 0, 5) == 1.0  # no decay at all
+
+
+def _rates(scheduler_class, steps, **settings):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2.0)
+    scheduler = scheduler_class(optimizer, **settings)
+    rates = []
+    for _ in range(steps):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return rates
+
+
+def test_the_classes_carry_their_functions():
+    assert _rates(WarmupLinear, 6, warmup_steps=2, max_steps=6) == [1.0, 2.0, 2.0, 1.5, 1.0, 0.5]
+    assert _rates(WarmupStableDecay, 6, warmup_steps=1, decay_steps=2, max_steps=6) == [2, 2, 2, 2, 2, 1]
+    with pytest.raises(ValueError, match=r"decay_steps is -1: give 0 or more"):
+        _rates(WarmupStableDecay, 1, decay_steps=-1)
 
 
 def test_each_group_follows_its_own_peak():

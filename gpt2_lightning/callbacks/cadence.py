@@ -2,12 +2,14 @@
 
 import time
 from abc import ABC, abstractmethod
+from contextlib import nullcontext
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from gpt2_lightning.callbacks.signals import stop_signal
 from gpt2_lightning.module import GPTModule
+from gpt2_lightning.sharding import gathered
 
 
 def is_due(step: int, every_n_steps: int, max_steps: int) -> bool:
@@ -28,8 +30,8 @@ class EveryNSteps(Callback, ABC):
     What is due when a signal stops the run is done first thing by the run that goes on; after the last step none does.
     """
 
-    waits_for_resume = True
-    """Whether it can wait while a signal stops the run: evaluations can, a checkpoint can not."""
+    evaluates = True
+    """Whether it evaluates, which can wait while a signal stops the run, and needs the whole model on each rank."""
 
     def __init__(self, every_n_steps: int) -> None:
         if every_n_steps < 0:
@@ -57,13 +59,14 @@ class EveryNSteps(Callback, ABC):
 
     def _run_if_due(self, trainer: Trainer, module: LightningModule, last: bool = False) -> None:
         step = trainer.global_step
-        if self.waits_for_resume and stop_signal(trainer) and step < trainer.max_steps:
+        if self.evaluates and stop_signal(trainer) and step < trainer.max_steps:
             return
         if step > self.last_step and is_due(step, self.every_n_steps, step if last else trainer.max_steps):
             started = time.perf_counter()
             self.last_step = step
             assert isinstance(module, GPTModule)
-            self.run(trainer, module, step)
+            with gathered(module.model) if self.evaluates else nullcontext():
+                self.run(trainer, module, step)
             self.seconds += time.perf_counter() - started
 
     def state_dict(self) -> dict[str, Any]:

@@ -97,7 +97,7 @@ class StepCheckpoint(EveryNSteps, Checkpoint):
         every_n_steps: optimizer steps between two checkpoints; the last step always has one; 0 = off.
     """
 
-    waits_for_resume = False
+    evaluates = False
 
     def __init__(self, every_n_steps: int = 1000) -> None:
         super().__init__(every_n_steps)

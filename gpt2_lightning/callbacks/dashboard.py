@@ -37,8 +37,8 @@ class Dashboard(Callback):
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         scores = [callback for callback in callbacks if isinstance(callback, HellaSwag) and callback.every_n_steps > 0]
         tags = [callback.tag for callback in scores]
-        self.yardsticks = published(self.config["data"]["source"], tags)
         settings = flat(self.config | {"model": self.config["model"] | {"config": pl_module.hparams["config"]}})
+        self.yardsticks = published(settings.get("data.source"), tags)  # data may be a class of the user's own
         main = {name: value for name, value in settings.items() if MAIN_SETTINGS.fullmatch(name) and value != "null"}
         # short, for a narrow table; of two max_steps the trainer's, which comes first
         short = {name.rpartition(".")[2]: _number(value) for name, value in reversed(main.items())}
@@ -58,7 +58,7 @@ class Dashboard(Callback):
                 writer.add_scalar(tag, figure, trainer.global_step)
 
 
-def published(source: Any, tags: list[str]) -> dict[str, float]:
+def published(source: str | None, tags: list[str]) -> dict[str, float]:
     """The figures that belong beside a run's curves, under tags that say what they are of.
 
     Args:

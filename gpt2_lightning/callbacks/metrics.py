@@ -7,24 +7,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from gpt2_lightning.callbacks.cadence import EveryNSteps, record
 from gpt2_lightning.callbacks.each_step import EachStep
+from gpt2_lightning.gpus import peak_flops
 from gpt2_lightning.module import GPTModule
-
-PEAK_FLOPS = {
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100 PCIe": 756e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA B200": 2250e12,
-}
-"""Dense bf16 FLOP/s by the beginning of the device's name (NVIDIA's data sheets; the first that fits counts)."""
-
-
-def peak_flops(device: torch.device) -> float | None:
-    """Dense bf16 peak of a device in FLOP/s, or None where it is not known."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for prefix, peak in PEAK_FLOPS.items() if name.startswith(prefix)), None)
 
 
 class StepMetrics(EachStep):

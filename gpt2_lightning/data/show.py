@@ -33,7 +33,8 @@ def of_run(run_dir: Path) -> StepData:
     path = max(run_dir.glob("config*.yaml"), key=lambda path: path.stat().st_mtime_ns)
     try:
         config = yaml.safe_load(path.read_text())
-        data, schedule = config["data"], config["data"]["batch_size_schedule"]
+        data = config["data"].get("init_args", config["data"])  # where it is a class of the user's own
+        schedule = data["batch_size_schedule"]
         return StepData(
             Path(data["root"]),
             config["model"]["config"]["block_size"],
@@ -42,7 +43,7 @@ def of_run(run_dir: Path) -> StepData:
             data["seed"],
             schedule and BatchSizeSchedule(**schedule),
         )
-    except (KeyError, TypeError, ValueError, yaml.YAMLError):
+    except (AttributeError, KeyError, TypeError, ValueError, yaml.YAMLError):
         raise ValueError(
             f"{path} is not the config of a run: name the folder of its data instead, with --block_size and the others"
         ) from None

@@ -1,0 +1,457 @@
+"""``gpt2 plan``: what a recipe asks for, before anything runs: parameters, FLOPs, tokens, memory, time, cost.
+
+Everything is arithmetic on the recipe. The memory is that of eager PyTorch with fused attention, at the moment of the
+step where it is highest; ``tests/test_plan.py`` holds it against what PyTorch itself counts. ``torch.compile`` keeps
+about the same activations, and fewer logits.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gpt2_lightning.data.datamodule import AUTO_ON_CPU, accumulation, micro_batches
+from gpt2_lightning.data.shards import find_shards, list_shards, open_shard, read_manifest
+from gpt2_lightning.gpus import GPU
+from gpt2_lightning.loss import ROWS
+from gpt2_lightning.model import GPT, GPTConfig
+from gpt2_lightning.module import CHUNK_LOGITS
+from gpt2_lightning.schedule import BatchSizeSchedule, batch_size_stages, tokens_before
+from gpt2_lightning.weights import load
+
+USABLE = 0.9
+"""Share of a GPU's memory to plan with: the rest is left to CUDA, NCCL and what the allocator cannot use."""
+
+FINEWEB_EDU_TOKENS = 10_000_000_000
+"""Of its sample-10BT, as it is called."""
+
+OPENAI_SHAPES = {
+    "gpt2": GPTConfig(1024, 50257, 12, 12, 768),
+    "gpt2-medium": GPTConfig(1024, 50257, 24, 16, 1024),
+    "gpt2-large": GPTConfig(1024, 50257, 36, 20, 1280),
+    "gpt2-xl": GPTConfig(1024, 50257, 48, 25, 1600),
+}
+
+PRECISIONS = {
+    "32-true": (4, 4),
+    "bf16-mixed": (4, 2),
+    "16-mixed": (4, 2),
+    "bf16-true": (2, 2),
+    "16-true": (2, 2),
+    "64-true": (8, 8),
+}
+"""``trainer.precision`` → bytes of a weight and of an activation. Others are refused."""
+
+SHORT_PRECISIONS = {"None": "32-true", "32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed", "64": "64-true"}
+
+
+# -- parameters, FLOPs -------------------------------------------------------------------------------------------------
+
+
+def count_parameters(config: GPTConfig) -> tuple[int, int]:
+    """(decayed, not decayed): matrices and embeddings; biases and LayerNorms. The tied head counts once."""
+    C = config.n_embd
+    embeddings = (config.vocab_size + config.block_size) * C
+    biases = 3 * C + C + 4 * C + C  # c_attn, c_proj, c_fc, c_proj
+    layer_norms = 2 * 2 * C
+    return embeddings + block_matrices(config), config.n_layer * (biases + layer_norms) + 2 * C
+
+
+def block_matrices(config: GPTConfig) -> int:
+    """Weights in the matrices of the blocks: 3·C² + C² + 4·C² + 4·C² in each."""
+    return config.n_layer * 12 * config.n_embd**2
+
+
+def flops_per_token(config: GPTConfig) -> int:
+    with torch.device("meta"):
+        return GPT(config).flops_per_token()
+
+
+def recomputed_flops_per_token(config: GPTConfig) -> int:
+    """What activation checkpointing computes twice: the forward of the blocks, a third of all but the head."""
+    return (flops_per_token(config) - 6 * config.vocab_size * config.n_embd) // 3
+
+
+# -- memory ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Step:
+    """How a device computes a step: what its memory depends on, beside the shape and the micro-batch."""
+
+    weight_bytes: int = 4
+    """Of a parameter; the residual stream and LayerNorm have its type, also under autocast."""
+    activation_bytes: int = 4
+    """Of what a matmul reads and writes."""
+    optimizer: str = "AdamW"
+    """Its class's name."""
+    optimizer_args: Mapping[str, Any] | None = None
+    chunked_loss: bool = False
+    compiled: bool = False
+    activation_checkpointing: bool = False
+    cpu: bool = False
+    ddp: bool = False
+    """Several processes, each with all weights: gradients are kept twice, the second time in DDP's buckets."""
+    shards: int = 1
+    """Devices that share weights, gradients and optimizer state: 1 unless the strategy is FSDP or its kin."""
+
+
+def memory(config: GPTConfig, micro_batch_size: int, step: Step) -> dict[str, int]:
+    """Bytes on each device by part, where their sum is highest: when the gradient of the logits is computed."""
+    parameters = sum(count_parameters(config))
+    tokens = micro_batch_size * config.block_size
+    logits = logits_bytes(config, tokens, step)
+    activations = activations_bytes(config, tokens, step)
+    if step.activation_checkpointing:
+        block = block_bytes(config, tokens, step)
+        # a block is computed again when whole logits are gone: only what it takes beyond them comes on top
+        activations += block if step.chunked_loss else max(0, block - logits)
+    parts = {
+        "weights": step.weight_bytes * parameters // step.shards,
+        "weights in 16 bits": autocast_copies_bytes(config, step),
+        "gathered weights": 0 if step.shards == 1 else step.weight_bytes * _gathered(config),
+        "gradients": step.weight_bytes * parameters // step.shards,
+        "DDP's buckets": step.weight_bytes * parameters if step.ddp else 0,
+        "optimizer": optimizer_bytes(config, step) // step.shards,
+        "activations": activations,
+        "logits": logits,
+    }
+    return {name: size for name, size in parts.items() if size}
+
+
+def _gathered(config: GPTConfig) -> int:
+    """Parameters that fully sharded training has whole at a time: the embeddings, a block, and the next one."""
+    return (config.vocab_size + config.block_size) * config.n_embd + 2 * 12 * config.n_embd**2
+
+
+def autocast_copies_bytes(config: GPTConfig, step: Step) -> int:
+    """The 16-bit copies of what autocast multiplies with, kept through the forward: matrices, biases, the head."""
+    if step.activation_bytes == step.weight_bytes:
+        return 0
+    biases = config.n_layer * 9 * config.n_embd
+    return step.activation_bytes * (block_matrices(config) + biases + config.vocab_size * config.n_embd)
+
+
+OPTIMIZERS = ("AdamW", "Adam", "NAdam", "RAdam", "Adamax", "Muon", "SGD")
+"""Those whose state is known; any other is taken to keep as much as AdamW."""
+
+
+def optimizer_bytes(config: GPTConfig, step: Step) -> int:
+    """AdamW keeps two numbers per parameter; Muon one for the matrices of the blocks; SGD one, if it has momentum."""
+    parameters = sum(count_parameters(config))
+    args = step.optimizer_args or {}
+    if step.optimizer == "SGD":
+        numbers = parameters if args.get("momentum") else 0
+    elif step.optimizer == "Muon":
+        numbers = 2 * parameters - block_matrices(config)
+    else:
+        numbers = (3 if args.get("amsgrad") else 2) * parameters
+    return step.weight_bytes * numbers
+
+
+def block_bytes(config: GPTConfig, tokens: int, step: Step) -> int:
+    """What autograd keeps of one block, its input included: per token, with C = n_embd,
+
+    - the inputs of the two LayerNorms, 2·C, with their means and deviations, 4 numbers in fp32;
+    - 14·C in the type of the matmuls: what c_attn and c_fc read (2·C), q, k, v (3·C), the attention's output, which is
+      what c_proj reads (C), the GELU's input and output (8·C);
+    - one fp32 number per head, the log-sum-exp from which fused attention computes its T×T weights again.
+    """
+    C = config.n_embd
+    per_token = 2 * C * step.weight_bytes + 4 * 4 + 14 * C * step.activation_bytes + 4 * config.n_head
+    return tokens * per_token
+
+
+def activations_bytes(config: GPTConfig, tokens: int, step: Step) -> int:
+    """What autograd keeps from the embedding to the head, logits left out; of a checkpointed block only its input."""
+    C = config.n_embd
+    block = tokens * C * step.weight_bytes if step.activation_checkpointing else block_bytes(config, tokens, step)
+    # ln_f's input, mean and deviation; what the head reads; token ids and targets, int64
+    ends = tokens * (C * step.weight_bytes + 2 * 4 + C * step.activation_bytes + 2 * 8)
+    return config.n_layer * block + ends
+
+
+def logits_bytes(config: GPTConfig, tokens: int, step: Step) -> int:
+    """The logits and what is computed from them, where that is largest.
+
+    Whole: the log-softmax in the type of the weights (fp32 under autocast), its gradient, and the logits' gradient.
+    Compiled: the logits and their gradient in the type of the matmuls. In chunks (``loss.py``): the buffers of a chunk,
+    and the gradients of head and hidden states, which are there before the backward begins.
+    """
+    V, C = config.vocab_size, config.n_embd
+    if not step.chunked_loss and step.compiled:
+        return 2 * step.activation_bytes * V * tokens
+    if not step.chunked_loss:
+        return 3 * step.weight_bytes * V * tokens
+    chunk = min(max(1, CHUNK_LOGITS // V), tokens)
+    rows = min(ROWS, chunk) if step.cpu else chunk
+    mixed = step.activation_bytes != step.weight_bytes
+    head = V * C * (step.weight_bytes + (step.activation_bytes if mixed else 0))  # its gradient, and that of a chunk
+    hidden = tokens * C * step.weight_bytes * (2 if mixed else 1)  # their gradient; in fp32 too, beside what is kept
+    return chunk * V * step.activation_bytes + rows * V * 4 + head + hidden
+
+
+# -- the plan ----------------------------------------------------------------------------------------------------------
+
+
+def plan(
+    recipe: Any,
+    gpu: GPU | None = None,
+    gpus: int | None = None,
+    mfu: float = 0.4,
+    dollars_per_hour: float | None = None,
+) -> dict[str, Any]:
+    """The plan of a recipe, as LightningCLI's parser reads it, as one plain object.
+
+    Args:
+        recipe: its sections ``model``, ``data`` and ``trainer``.
+        gpu: the kind of GPU; None leaves out what depends on it.
+        gpus: how many; None takes ``trainer.devices`` · ``trainer.num_nodes``.
+        mfu: the share of the GPUs' peak that the model's FLOPs are assumed to reach.
+        dollars_per_hour: of one GPU.
+
+    Raises:
+        ValueError: a recipe that ``gpt2 fit`` would refuse too, or whose memory is not known.
+    """
+    data, trainer = recipe.data, recipe.trainer
+    if "total_batch_tokens" not in data:
+        raise ValueError(
+            "data is a class of your own, whose steps are not known: plan the recipe with the data settings"
+        )
+    if trainer.max_steps < 1:
+        raise ValueError("trainer.max_steps is not set: give the number of optimizer steps of the whole run")
+    config = shape_of(recipe.model)
+    world_size = gpus or devices_of(trainer)
+    step, notes = step_of(recipe, gpu, world_size)
+    schedule = data.batch_size_schedule and BatchSizeSchedule(**vars(data.batch_size_schedule))
+    stages = batch_size_stages(data.total_batch_tokens, schedule)
+
+    sizes = micro_batches(data.total_batch_tokens, config.block_size, world_size, stages[0].step_tokens)
+    usable = USABLE * 2**30 * gpu.memory_gb if gpu else None
+    fitting = [b for b in sizes if usable and sum(memory(config, b, step).values()) <= usable]
+    size = data.micro_batch_size
+    if size == "auto" and step.cpu:
+        size = max(b for b in sizes if b <= max(AUTO_ON_CPU, sizes[0]))
+    elif size == "auto" and gpu is None:
+        raise ValueError("data.micro_batch_size is auto, which depends on the GPU: give --gpu or --micro_batch_size")
+    elif size == "auto":
+        size = (fitting or sizes[:1])[-1]
+    accumulated = accumulation(
+        data.total_batch_tokens,
+        size,
+        config.block_size,
+        world_size,
+        trainer.accumulate_grad_batches,
+        stages[0].step_tokens,
+    )
+    parts = memory(config, size, step)
+    decayed, others = count_parameters(config)
+    tokens = tokens_before(trainer.max_steps, stages)
+    flops = flops_per_token(config)
+    again = recomputed_flops_per_token(config) if step.activation_checkpointing else 0
+    data_tokens, data_source = tokens_of(data.root, data.source)
+    found: dict[str, Any] = {
+        "shape": asdict(config),
+        "parameters": {"all": decayed + others, "decayed": decayed, "not_decayed": others},
+        "flops_per_token": flops,
+        "recomputed_flops_per_token": again,
+        "flops": flops * tokens,
+        "steps": trainer.max_steps,
+        "tokens_per_step": data.total_batch_tokens,
+        "first_tokens_per_step": stages[0].step_tokens,
+        "tokens": tokens,
+        "data_tokens": data_tokens,
+        "data": data_source,
+        "epochs": tokens / data_tokens if data_tokens else None,
+        "devices": world_size,
+        "micro_batch_size": size,
+        "accumulate_grad_batches": accumulated,
+        "step": asdict(replace(step, optimizer_args=None)),
+        "memory_bytes": parts | {"sum": sum(parts.values())},
+        "gpu": gpu and {"name": gpu.name, "memory_gb": gpu.memory_gb, "peak_flops": gpu.peak_flops},
+        "fits": None if usable is None else sum(parts.values()) <= usable,
+        "largest_micro_batch": fitting[-1] if fitting else None,
+        "notes": notes,
+    }
+    if gpu and gpu.peak_flops:
+        # the MFU is that of a step that computes nothing twice; what is computed twice takes its time on top
+        seconds = (flops + again) * tokens / (mfu * gpu.peak_flops * world_size)
+        found |= {"mfu": mfu, "seconds": seconds, "tokens_per_sec": tokens / seconds}
+        if dollars_per_hour is not None:
+            found |= {"dollars_per_hour": dollars_per_hour, "dollars": dollars_per_hour * world_size * seconds / 3600}
+    return found
+
+
+def shape_of(model: Any) -> GPTConfig:
+    """The shape that ``model.config`` or, without it, ``model.init_from`` says."""
+    if model.config is not None:
+        return GPTConfig(**vars(model.config))
+    if model.init_from is None:
+        return GPTConfig()
+    if model.init_from in OPENAI_SHAPES:
+        return OPENAI_SHAPES[model.init_from]
+    if not Path(model.init_from).exists():
+        raise ValueError(
+            f"the shape of model.init_from={model.init_from} is not known: give a path, one of "
+            f"{', '.join(OPENAI_SHAPES)}, or a model.config"
+        )
+    return load(model.init_from).config
+
+
+def devices_of(trainer: Any) -> int:
+    """How many devices a recipe trains on; ``auto`` and -1 are those of this machine."""
+    devices = trainer.devices
+    if isinstance(devices, str) and "," in devices:
+        devices = [number for number in devices.split(",") if number.strip()]
+    if isinstance(devices, list):
+        devices = len(devices)
+    if devices in ("auto", "-1", -1):
+        devices = 1 if trainer.accelerator == "cpu" else max(1, torch.cuda.device_count())
+    if not str(devices).isdecimal() or int(devices) < 1:
+        raise ValueError(f"trainer.devices is {trainer.devices}: give their number, or auto")
+    return int(devices) * trainer.num_nodes
+
+
+def step_of(recipe: Any, gpu: GPU | None, world_size: int) -> tuple[Step, list[str]]:
+    """How the recipe's step is computed, and sentences on what of it is only assumed."""
+    model, trainer = recipe.model, recipe.trainer
+    precision = SHORT_PRECISIONS.get(str(trainer.precision), str(trainer.precision))
+    if precision not in PRECISIONS:
+        raise ValueError(
+            f"trainer.precision is {precision}, whose memory is not known: give one of {', '.join(PRECISIONS)}"
+        )
+    weight_bytes, activation_bytes = PRECISIONS[precision]
+    cpu = trainer.accelerator == "cpu" and gpu is None
+    optimizer = model.optimizer.class_path.rpartition(".")[2]
+    strategy, options = _strategy(trainer.strategy)
+    sharded = any(word in strategy.lower().replace("_", "") for word in ("fsdp", "fullyshard", "modelparallel"))
+    notes = []
+    if optimizer not in OPTIMIZERS:
+        notes.append(f"the state of {optimizer} is not known: it is taken as AdamW's")
+    if sharded and world_size > 1:
+        notes.append(f"{strategy} is taken to share weights, gradients and optimizer among all devices")
+    step = Step(
+        weight_bytes,
+        activation_bytes,
+        optimizer,
+        vars(model.optimizer.init_args),
+        chunked_loss=cpu if model.chunked_loss == "auto" else model.chunked_loss,
+        compiled=not cpu if model.compile == "auto" else model.compile,
+        activation_checkpointing=getattr(model, "activation_checkpointing", False),
+        cpu=cpu,
+        ddp=world_size > 1 and not sharded and not options.get("gradient_as_bucket_view"),
+        shards=world_size if sharded else 1,
+    )
+    return step, notes
+
+
+def _strategy(strategy: Any) -> tuple[str, dict[str, Any]]:
+    """Its name, and what it is given."""
+    if isinstance(strategy, str):
+        return strategy, {}
+    options = vars(strategy.init_args) if "init_args" in strategy else {}
+    return strategy.class_path.rpartition(".")[2], options | (strategy.get("dict_kwargs") or {})
+
+
+def tokens_of(root: str, source: str | list[str] | None) -> tuple[int | None, str]:
+    """The training tokens of a recipe's data and in words where they are; None where that is not known."""
+    folder = Path(root)
+    manifest = read_manifest(folder)
+    if manifest is not None and manifest.complete:
+        return manifest.tokens("train"), root
+    if manifest is None and find_shards(folder):
+        return sum(len(open_shard(path)) for path in list_shards(folder, "train")), root
+    if source == "fineweb-edu":
+        return FINEWEB_EDU_TOKENS, "fineweb-edu, not prepared yet"
+    return None, f"{root} is not prepared yet"
+
+
+# -- as text -----------------------------------------------------------------------------------------------------------
+
+
+def describe(found: dict[str, Any]) -> str:
+    """The plan as lines to read."""
+    count, step, gpu = found["parameters"], found["step"], found["gpu"]
+    devices = f"{found['devices']} device{'s' if found['devices'] > 1 else ''}" + (f" ({gpu['name']})" if gpu else "")
+    shape = ", ".join(f"{name}={value}" for name, value in found["shape"].items())
+    again = found["recomputed_flops_per_token"]
+    epochs = (
+        f"{found['epochs']:.2f} epochs of {found['data_tokens']:,} ({found['data']})"
+        if found["epochs"]
+        else f"epochs not known: {found['data']}"
+    )
+    ramp = found["first_tokens_per_step"]
+    lines = [
+        ("model", f"{count['all']:,} parameters ({count['decayed']:,} decayed, {count['not_decayed']:,} not): {shape}"),
+        (
+            "compute",
+            f"{found['flops_per_token'] / 1e6:,.0f} MFLOP per token, {found['flops']:.3g} FLOP in all"
+            + (f"; checkpointing computes {again / 1e6:,.0f} MFLOP per token twice" if again else ""),
+        ),
+        (
+            "data",
+            f"{found['tokens']:,} tokens in {found['steps']:,} steps of "
+            + (f"{ramp:,} rising to " if ramp != found["tokens_per_step"] else "")
+            + f"{found['tokens_per_step']:,}: {epochs}",
+        ),
+        (
+            "step",
+            f"{devices} × micro-batch of {found['micro_batch_size']} sequences × "
+            f"{found['accumulate_grad_batches']} accumulated",
+        ),
+        ("memory", f"of each device, calculated for {_describe_step(step)}"),
+    ]
+    unit, name = (2**30, "GiB") if found["memory_bytes"]["sum"] >= 2**30 else (2**20, "MiB")
+    text = [f"{head:<8} {line}" for head, line in lines]
+    for part, size in found["memory_bytes"].items():
+        label = f"optimizer ({step['optimizer']})" if part == "optimizer" else part
+        text.append(f"{'':<8} {label:<22} {size / unit:9,.2f} {name}")
+    if gpu:
+        text.append(f"{'fits':<8} {_describe_fit(found, unit)}")
+    if "seconds" in found:
+        peak = f"{found['mfu']:.0%} of {gpu['peak_flops'] / 1e12:,.0f} TFLOP/s (dense bf16)"
+        text.append(
+            f"{'time':<8} {_describe_time(found['seconds'])} ({found['tokens_per_sec']:,.0f} tokens/s), assuming an "
+            f"MFU of {peak}; evaluation is not in it"
+        )
+        if "dollars" in found:
+            price = f"${found['dollars_per_hour']:,.2f} per GPU and hour"
+            text.append(f"{'cost':<8} ${found['dollars']:,.2f} for that time, at {price}")
+    else:
+        text.append(f"{'time':<8} not known: give the kind of GPU, such as --gpu h100")
+    return "\n".join(text + [f"{'note':<8} {note}" for note in found["notes"]])
+
+
+def _describe_step(step: dict[str, Any]) -> str:
+    kind = {(4, 4): "fp32", (4, 2): "16-bit autocast", (2, 2): "16 bits throughout", (8, 8): "fp64"}
+    return ", ".join(
+        [
+            kind[step["weight_bytes"], step["activation_bytes"]],
+            "fused attention",
+            "loss in chunks" if step["chunked_loss"] else "loss whole",
+            "blocks checkpointed" if step["activation_checkpointing"] else "no checkpointing",
+            "compiled" if step["compiled"] else "eager",
+        ]
+    )
+
+
+def _describe_fit(found: dict[str, Any], unit: int) -> str:
+    gpu, size, largest = found["gpu"], found["micro_batch_size"], found["largest_micro_batch"]
+    room = f"{gpu['memory_gb']:g} GB, of which {1 - USABLE:.0%} are left to CUDA"
+    if largest is None:
+        mends = [
+            "--model.chunked_loss true" if not found["step"]["chunked_loss"] else "",
+            "--model.activation_checkpointing true" if not found["step"]["activation_checkpointing"] else "",
+        ]
+        return f"no micro-batch fits {room}: try {' '.join(m for m in mends if m) or 'a larger GPU'}"
+    if not found["fits"]:
+        return f"a micro-batch of {size} does not fit {room}: the largest that does, and divides the step, is {largest}"
+    return f"yes, into {room}; the largest micro-batch that does, and divides the step, is {largest}"
+
+
+def _describe_time(seconds: float) -> str:
+    if seconds < 3600:
+        return f"{seconds / 60:.1f} minutes"
+    return f"{seconds / 3600:.1f} hours" if seconds < 72 * 3600 else f"{seconds / 86400:.1f} days"

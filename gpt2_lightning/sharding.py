@@ -1,0 +1,76 @@
+"""Models too large for one device: weights, gradients and optimizer state spread over all of them (FSDP2)."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.constants import default_pg_timeout
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+
+from gpt2_lightning.hf import torch_load
+from gpt2_lightning.model import GPT
+
+
+class FullyShard(ModelParallelStrategy):
+    """``--trainer.strategy fully_shard``: each device keeps 1/W of the model and gathers a block when it is its turn.
+
+    The tokens of a step and the checkpoints are DDP's, and so are the losses to rounding: a run may change between the
+    two. Lightning's own default takes the devices of a node for tensor parallelism, which this model does not have.
+    """
+
+    def __init__(self, timeout: timedelta = default_pg_timeout) -> None:
+        super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=False, timeout=timeout)
+
+    def setup_environment(self) -> None:
+        self._data_parallel_size = self.num_nodes * self.num_processes
+        super().setup_environment()
+
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        """Deals a checkpoint out to the devices, by the names in it: Lightning's own reads no other strategy's."""
+        assert self.model is not None
+        checkpoint = torch_load(Path(checkpoint_path))
+        options = StateDictOptions(full_state_dict=True)
+        set_model_state_dict(self.model, checkpoint.pop("state_dict"), options=options)
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            groups = state["param_groups"]
+            names = {i: name for g in groups for i, name in zip(g["params"], g["param_names"], strict=True)}
+            by_name: dict[str, Any] = {
+                "state": {names[i]: values for i, values in state["state"].items()},
+                "param_groups": [g | {"params": [names[i] for i in g["params"]]} for g in groups],
+            }
+            set_optimizer_state_dict(self.model, optimizer, by_name, options=options)
+        return checkpoint
+
+
+StrategyRegistry.register("fully_shard", FullyShard, description=FullyShard.__doc__ or "")
+
+
+def shard(model: GPT, mesh: DeviceMesh) -> None:
+    """Spreads the parameters over the ranks of ``mesh``: a block at a time, and what lies outside them together."""
+    for block in model.transformer["h"]:  # type: ignore[attr-defined, union-attr]
+        fully_shard(block, mesh=mesh)
+    # the embedding is needed to the end, as the head: it stays where it is between forward and backward
+    fully_shard(model, mesh=mesh, reshard_after_forward=False)
+    register_fsdp_forward_method(model, "hidden")  # what training and evaluation call in place of `forward`
+
+
+@contextmanager
+def gathered(model: GPT) -> Iterator[None]:
+    """The whole model on each rank, so that one may run it without the others. Does nothing to a model in one piece."""
+    parts = [part for part in model.modules() if isinstance(part, FSDPModule)]
+    for part in parts:
+        part.set_reshard_after_forward(False, recurse=False)
+        part.unshard()
+    yield
+    for part in parts:
+        part.set_reshard_after_forward(part is not model, recurse=False)
+        part.reshard()
