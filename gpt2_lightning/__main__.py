@@ -3,6 +3,7 @@
 import argparse
 import errno
 import os
+import signal
 import sys
 import time
 import traceback
@@ -66,6 +67,8 @@ def main(args: Sequence[str] | None = None) -> int:
         print(f"gpt2 {command}: interrupted", file=sys.stderr)
         return 130
     except Exception as error:
+        if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("LOCAL_RANK") == "0":
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # its agent, which fails as well, must not hush what we say
         sentence = _sentence(error)
         if sentence is None:
             raise
@@ -98,8 +101,7 @@ def _sentence(error: BaseException | None) -> str | None:
         if type(error).__name__ == "MisconfigurationException" or (ours and isinstance(error, ValueError | OSError)):
             return " ".join(str(error).split())
         if type(error).__name__.startswith("Dist") or "gloo" in str(error):
-            reason = str(error).splitlines()[0].rpartition("] ")[2]  # gloo begins with the line of its source
-            return f"lost another process of this job ({reason}): see what it said, and start the same command again"
+            return _of_several_processes(str(error).splitlines()[0])
         if "out of memory" in str(error):
             return (
                 f"the device is out of memory ({str(error).splitlines()[0]}): lower data.micro_batch_size or set it to "
@@ -107,6 +109,26 @@ def _sentence(error: BaseException | None) -> str | None:
             )
         error = error.__cause__  # what a library wraps into an error of its own
     return None
+
+
+def _of_several_processes(said: str) -> str:
+    """What to tell of an error between the processes of a job, from the first line that torch said about it."""
+    reason = said.rpartition("] ")[2].partition(" This is typically")[0].rstrip(".")  # gloo begins with its source line
+    if "EADDRINUSE" in said:
+        taken = said.partition("port: ")[2].partition(",")[0]
+        return (
+            f"port {taken} of this machine is in use, perhaps by another job: give all nodes another MASTER_PORT "
+            "(torchrun: --master_port)"
+        )
+    if "clients joined" in said or "trying to connect" in said:
+        return (
+            f"the nodes of this job did not meet ({reason}): start the same command on each, with MASTER_ADDR and "
+            "MASTER_PORT of node 0, and see that no firewall is between them"
+        )
+    again = "start the same command again on every node"
+    if "imed out" in said:
+        return f"another process of this job hangs ({reason}): end it, and {again}"
+    return f"lost another process of this job ({reason}): see what it said, and {again}"
 
 
 def _lightning(args: list[str]) -> None:

@@ -35,8 +35,10 @@ from gpt2_lightning.job import (
     claim,
     end_with_launcher,
     is_first_process,
+    meet_other_nodes,
     quieten,
     refuse_other_seed,
+    refuse_other_strategies,
     refuse_other_world,
     requeue,
 )
@@ -151,11 +153,13 @@ class CLI(LightningCLI):
         if fit:  # StopOnSignal before those that evaluate
             dashboard = Dashboard(self.config.fit.as_dict())
             callbacks = [StopOnSignal(), StepMetrics(), AutoMicroBatch(), dashboard, *callbacks]
+        refuse_other_strategies(config["strategy"])
         try:
             trainer = super()._instantiate_trainer(config, callbacks)
         except (RuntimeError, ValueError) as error:
             raise ValueError(f"the trainer cannot be set up so: {error}") from error
         refuse_other_world(trainer)
+        meet_other_nodes(trainer)
         return trainer
 
     def _loggers(self) -> list[Logger]:

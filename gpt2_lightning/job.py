@@ -10,7 +10,9 @@ import warnings
 from pathlib import Path
 from typing import IO, Any, Literal
 
+from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import Strategy, StrategyRegistry
 
 from gpt2_lightning.callbacks.checkpoint import saved_steps
 from gpt2_lightning.lock import try_lock
@@ -67,6 +69,36 @@ def end_with_launcher() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
+REFUSED_STRATEGIES = {
+    "fsdp": "flattens the parameters, so that their shapes no longer tell which are decayed: give fully_shard",
+    "deepspeed": "writes checkpoints that only DeepSpeed opens: give ddp, or fully_shard where memory is short",
+    "ddp_spawn": "cannot hand the run to the processes that it spawns: give ddp",
+    "ddp_fork": "is for notebooks, and no signal would stop its processes at a step: give ddp",
+    "ddp_notebook": "is for notebooks, and no signal would stop its processes at a step: give ddp",
+    "single_device": "is what one device gets without it, and more devices would be ignored: leave it out",
+}
+"""Lightning's strategies that this package does not train with, by how their names begin, and the mend."""
+
+
+def refuse_other_strategies(strategy: str | Strategy) -> None:
+    """Before the trainer is made, which would set some up, and would say of others only that a GPU is missing.
+
+    Raises:
+        ValueError: this package does not train with it, or there is none of that name.
+    """
+    name = strategy if isinstance(strategy, str) else type(strategy).__name__
+    kind = name.rpartition(".")[2].removesuffix("Strategy").lower()
+    if getattr(strategy, "_start_method", "popen") != "popen":  # of DDPStrategy
+        kind = f"ddp_{strategy._start_method}"  # type: ignore[union-attr]
+    for beginning, why in REFUSED_STRATEGIES.items():
+        if kind.startswith(beginning):
+            raise ValueError(f"trainer.strategy {name} {why}")
+    if "xla" in kind or "tpu" in kind or (isinstance(strategy, str) and strategy not in ("auto", *StrategyRegistry)):
+        raise ValueError(
+            f"trainer.strategy {name} is none of those that train here: give auto, ddp or fully_shard, or leave it out"
+        )
+
+
 def refuse_other_world(trainer: Trainer) -> None:
     """Compares the processes that were started with those the trainer was told of; apart, each would train alone.
 
@@ -75,6 +107,11 @@ def refuse_other_world(trainer: Trainer) -> None:
     """
     asked = (trainer.num_devices, trainer.num_nodes)
     if "WORLD_SIZE" in os.environ:
+        if not {"RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "SLURM_PROCID"} & os.environ.keys():
+            raise ValueError(
+                f"WORLD_SIZE={os.environ['WORLD_SIZE']} is set and no launcher started this process: it is left over "
+                "from something else, so run `unset WORLD_SIZE` first, or start this with torchrun"
+            )
         launcher, world = "torchrun", int(os.environ["WORLD_SIZE"])
         devices = int(os.environ.get("LOCAL_WORLD_SIZE", min(world, asked[0])))
     elif "SLURM_NTASKS" in os.environ and os.environ.get("SLURM_JOB_NAME") not in ("bash", "interactive"):
@@ -89,6 +126,36 @@ def refuse_other_world(trainer: Trainer) -> None:
             f"{asked[0]} devices on each of {asked[1]} nodes: give --trainer.devices {devices} --trainer.num_nodes "
             f"{started[1]}{' --trainer.strategy ddp' if world > 1 else ''}, or start as many as that"
         )
+
+
+def meet_other_nodes(trainer: Trainer) -> None:
+    """Says where the nodes of a job wait for each other, which they do in silence, for half an hour.
+
+    Raises:
+        ValueError: this node was not told where, or which one it is.
+    """
+    cluster: Any = trainer.strategy.cluster_environment if hasattr(trainer.strategy, "cluster_environment") else None
+    if trainer.num_nodes == 1 or cluster is None:
+        return
+    if isinstance(cluster, LightningEnvironment):  # no launcher told them: by itself each node would call itself node 0
+        missing = [name for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK") if not os.environ.get(name)]
+        if missing:
+            raise ValueError(
+                f"trainer.num_nodes is {trainer.num_nodes}, and {', '.join(missing)} is not set: on every node set "
+                "MASTER_ADDR (of node 0) and MASTER_PORT (a free one there) alike, and NODE_RANK to its number from 0 "
+                "on, or start it with torchrun"
+            )
+        ranks, ports = range(trainer.num_nodes), range(1, 2**16)
+        for name, valid in (("NODE_RANK", ranks), ("MASTER_PORT", ports)):
+            if not os.environ[name].isdecimal() or int(os.environ[name]) not in valid:
+                raise ValueError(
+                    f"{name} is {os.environ[name]}: on {trainer.num_nodes} nodes it is a number from {valid[0]} to "
+                    f"{valid[-1]}"
+                )
+    if cluster.local_rank() == 0:
+        node, at = cluster.node_rank(), f"{cluster.main_address}:{cluster.main_port}"
+        waits = f"waiting for the others at {at}" if node == 0 else f"connecting to node 0 at {at}"
+        print(f"node {node} of {trainer.num_nodes}: {waits}", flush=True)
 
 
 def claim(run_dir: Path) -> IO[bytes]:

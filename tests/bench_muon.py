@@ -1,8 +1,8 @@
 """Muon against AdamW at equal tokens, on any text as bytes: learning rates first, then seeds. Not a test.
 
-    python tests/bench_muon.py TRAIN.jsonl[.xz] VAL.jsonl[.xz] [--steps 240] [--seeds 3] [--out bench_muon]
+    python tests/bench_muon.py TRAIN.jsonl[.xz] VAL.jsonl[.xz] [--steps 216] [--seeds 3] [--out bench_muon]
 
-Each optimizer's peak learning rate is the best of its four at a third of the length; with that, one run per seed of the
+Each optimizer's peak learning rate is the best of a few at a third of the length; with that, one run per seed of the
 whole length. Printed are the validation losses by step and the step at which Muon is first at or below what AdamW ends
 at. Runs are `gpt2 fit`'s and go on where they were cut; a whole one takes some eight minutes on one core.
 """
@@ -21,7 +21,7 @@ from gpt2_lightning.__main__ import main
 from gpt2_lightning.data.documents import file_records
 from gpt2_lightning.data.shards import write_shard
 
-RATES = {"AdamW": (1e-3, 2e-3, 4e-3, 8e-3), "Muon": (2e-3, 4e-3, 8e-3, 1.6e-2)}
+RATES = {"AdamW": (5e-4, 1e-3, 2e-3, 4e-3, 8e-3), "Muon": (2e-3, 4e-3, 8e-3, 1.6e-2)}
 BLOCK_SIZE, MICRO_BATCH_SIZE = 256, 32
 TOTAL_BATCH_TOKENS = BLOCK_SIZE * MICRO_BATCH_SIZE
 
@@ -113,7 +113,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("train", type=Path)
     parser.add_argument("val", type=Path)
-    parser.add_argument("--steps", type=int, default=240)
+    parser.add_argument("--steps", type=int, default=216)
     parser.add_argument("--every_n_steps", type=int, default=12)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--accelerator", default="auto")

@@ -78,8 +78,8 @@ def test_the_same_tokens_train_the_same_whatever_the_micro_batch(make_shards, wr
             np.testing.assert_allclose(list(other[tag].values()), list(curves[0][tag].values()), rtol=1e-5)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_resumed_run_is_the_run_never_cut(workers, make_shards, write_recipe, read_scalars, tmp_path):
+@pytest.mark.parametrize(("optimizer", "workers"), [("AdamW", 0), ("AdamW", 2), ("Muon", 0)])
+def test_a_resumed_run_is_the_run_never_cut(optimizer, workers, make_shards, write_recipe, read_scalars, tmp_path):
     root = make_shards()
     schedule = {
         "class_path": "gpt2_lightning.schedule.WarmupCosine",
@@ -92,7 +92,7 @@ def test_a_resumed_run_is_the_run_never_cut(workers, make_shards, write_recipe, 
                 root,
                 name=f"{name}{stop}",
                 trainer={"max_steps": stop},
-                model={"lr_scheduler": schedule},
+                model={"lr_scheduler": schedule, "optimizer": {"class_path": f"gpt2_lightning.optim.{optimizer}"}},
                 data={"order": "shuffled", "num_workers": workers},
                 run_dir=str(tmp_path / name),
             )
@@ -106,11 +106,13 @@ def test_a_resumed_run_is_the_run_never_cut(workers, make_shards, write_recipe, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["lightning", "torchrun"])
-def test_two_processes_train_as_one_does(launcher, make_shards, write_recipe, read_scalars, tmp_path):
+@pytest.mark.parametrize(("launcher", "optimizer"), [("lightning", "Muon"), ("torchrun", "AdamW")])
+def test_two_processes_train_as_one_does(launcher, optimizer, make_shards, write_recipe, read_scalars, tmp_path):
     recipe = write_recipe(
-        make_shards(), validation={"tokens": 528}
-    )  # 33 windows: an odd batch, uneven between the ranks
+        make_shards(),
+        model={"optimizer": {"class_path": f"gpt2_lightning.optim.{optimizer}"}},
+        validation={"tokens": 528},  # 33 windows: an odd batch, uneven between the ranks
+    )
     assert main(["fit", "--config", str(recipe)]) == 0
     alone = read_scalars(tmp_path / "run")
     torchrun = (
