@@ -20,6 +20,7 @@ COMMANDS = {
     "export": "write weights for transformers, or for llm.c",
     "plan": "parameters, memory, time and cost of a recipe, before anything runs: --config … [--gpu h100 --gpus 8]",
     "bench": "the video's ladder of speed on this machine, beside its limits",
+    "report": "curves, figures and samples of runs, as a page and a picture",
 }
 
 
@@ -56,6 +57,7 @@ def main(args: Sequence[str] | None = None) -> int:
         "export": _export,
         "plan": _plan,
         "bench": _bench,
+        "report": _report,
     }[command]
     try:
         run(args)
@@ -351,6 +353,19 @@ def _bench(args: list[str]) -> None:
         found = measure(config, micro_batch_size, device, names, table)
     if given.json:
         print(json.dumps(found))
+
+
+def _report(args: list[str]) -> None:
+    parser = Parser(prog="gpt2 report", description="Put one or several runs on one page, against GPT-2 and GPT-3.")
+    parser.add_argument("folders", metavar="RUN_DIR", nargs="+", help="folder of a run, such as runs/quickstart")
+    parser.add_argument("--out", metavar="DIR", help="folder to write to (default: that of the first run)")
+    given = parser.parse_args(args[1:])
+    from gpt2_lightning.report import write_report
+
+    path, notes = write_report([Path(folder) for folder in given.folders], given.out and Path(given.out))
+    for note in notes:
+        print(f"gpt2 report: {note}", file=sys.stderr)
+    print(f"wrote {path} and {path.with_suffix('.png')}")
 
 
 def _device() -> str:

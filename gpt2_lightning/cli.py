@@ -16,6 +16,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
 from gpt2_lightning.callbacks.checkpoint import AtomicCheckpointIO, StepCheckpoint, read_checkpoint
+from gpt2_lightning.callbacks.dashboard import Dashboard
 from gpt2_lightning.callbacks.hellaswag import HellaSwag
 from gpt2_lightning.callbacks.log_txt import LogTxt
 from gpt2_lightning.callbacks.metrics import StepMetrics
@@ -150,7 +151,8 @@ class CLI(LightningCLI):
         if config["enable_progress_bar"] is not False:
             callbacks = [StepProgressBar(), *callbacks]
         if fit:  # StopOnSignal before those that evaluate
-            callbacks = [StopOnSignal(), StepMetrics(), AutoMicroBatch(), *callbacks]
+            dashboard = Dashboard(self.config.fit.as_dict())
+            callbacks = [StopOnSignal(), StepMetrics(), AutoMicroBatch(), dashboard, *callbacks]
         refuse_other_strategies(config["strategy"])
         try:
             trainer = super()._instantiate_trainer(config, callbacks)
