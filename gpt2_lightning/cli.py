@@ -17,18 +17,17 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from gpt2_lightning.callbacks.checkpoint import AtomicCheckpointIO, StepCheckpoint, read_checkpoint
 from gpt2_lightning.callbacks.hellaswag import HellaSwag
 from gpt2_lightning.callbacks.log_txt import LogTxt
-from gpt2_lightning.callbacks.metrics import StepMetrics
-from gpt2_lightning.callbacks.micro_batch import AutoMicroBatch
 from gpt2_lightning.callbacks.nonfinite import NonFinite
 from gpt2_lightning.callbacks.progress import StepProgressBar
 from gpt2_lightning.callbacks.samples import Samples
-from gpt2_lightning.callbacks.signals import StopOnSignal, stop_signal
+from gpt2_lightning.callbacks.signals import stop_signal
 from gpt2_lightning.callbacks.validation import ValidationLoss
 from gpt2_lightning.data.datamodule import TokenDataModule
 from gpt2_lightning.data.shards import atomic_file
 from gpt2_lightning.job import (
     TRAINER_DEFAULTS,
     Resume,
+    callbacks_of_a_run,
     checkpoint_to_resume,
     claim,
     end_with_launcher,
@@ -138,8 +137,8 @@ class CLI(LightningCLI):
             callbacks = [callback for callback in callbacks if not isinstance(callback, StepCheckpoint)]
         if config["enable_progress_bar"] is not False:
             callbacks = [StepProgressBar(), *callbacks]
-        if fit:  # StopOnSignal before those that evaluate
-            callbacks = [StopOnSignal(), StepMetrics(), AutoMicroBatch(), *callbacks]
+        if fit:
+            callbacks = [*callbacks_of_a_run(), *callbacks]
         try:
             trainer = super()._instantiate_trainer(config, callbacks)
         except (RuntimeError, ValueError) as error:

@@ -97,6 +97,7 @@ class StepCheckpoint(EveryNSteps, Checkpoint):
         every_n_steps: optimizer steps between two checkpoints; the last step always has one; 0 = off.
     """
 
+    label = "checkpoints"
     waits_for_resume = False
 
     def __init__(self, every_n_steps: int = 1000) -> None:
