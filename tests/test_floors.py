@@ -14,6 +14,7 @@ FLOORS = {
     "schedule": 0,
     "tokenizer": 0,
     "lock": 0,
+    "compile_cache": 0,
     "data.shards": 0,
     "evals.multiple_choice": 0,
     "weights": 1,
@@ -33,6 +34,7 @@ FLOORS = {
     "callbacks.*": 3,
     "job": 3,
     "bench": 3,
+    "bench_table": 3,
     "cli": 4,
     "__main__": 4,
 }
