@@ -186,7 +186,8 @@ def options(trainer: Trainer, module: Any, loaders: Loaders) -> dict[str, Callab
     if trainer.world_size > 1:
         found["Lightning's broadcast per micro-batch"] = lightnings_broadcast
         found["gradient_as_bucket_view"] = ddp_with(trainer, gradient_as_bucket_view=True)
-        found["static_graph"] = ddp_with(trainer, static_graph=True)
+        if trainer.accumulate_grad_batches == 1:  # with no_sync before the first synchronised backward torch asserts
+            found["static_graph"] = ddp_with(trainer, static_graph=True)
     return found
 
 

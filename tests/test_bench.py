@@ -1,8 +1,10 @@
 """``gpt2 bench``: what it reports. How fast anything is, no test asks."""
 
 import json
+import shutil
 import weakref
 
+import bench_curve
 import pytest
 import torch
 from lightning.pytorch import Trainer
@@ -164,3 +166,22 @@ def test_a_device_that_is_not_there_is_named_with_those_that_are(capsys, monkeyp
     assert capsys.readouterr().err.splitlines()[1] == "gpt2 bench: error: no device cuda here: choose from cpu"
     assert main(["bench", "--device", "cpu", "--rungs", "fp32", *TINY]) == 0
     assert capsys.readouterr().out.startswith("cpu: ")
+
+
+def test_the_curves_of_bench_curve_are_compared_against_bf16s_own_noise():
+    exact, noisy = [4.0, 3.0, 2.0], [4.01, 3.0, 1.98]
+    assert bench_curve.losses("0 val 4.1\n0 train 4.000000\n1 train 3.0\n1 hella 0.25\n") == [4.0, 3.0]
+    assert bench_curve.distance(exact, noisy) == pytest.approx((0.01, 0.02))
+    assert bench_curve.within_noise(exact, noisy, [4.02, 3.01, 2.03])
+    assert not bench_curve.within_noise(exact, noisy, [4.0, 3.05, 2.0])  # one step too far
+    assert not bench_curve.within_noise(exact, noisy, [4.025, 3.025, 2.025])  # too far in the mean
+    with pytest.raises(ValueError, match="zip"):
+        bench_curve.within_noise(exact, noisy, exact[:2])  # a run that ended early
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="torch.compile needs a C++ compiler")
+def test_the_first_losses_compiled_in_bf16_are_those_of_eager_fp32(make_shards, write_recipe, capfd):
+    recipe = str(write_recipe(make_shards()))
+    assert bench_curve.main(20, recipe) == 0, capfd.readouterr().out
+    assert "of 20 steps" in capfd.readouterr().out
