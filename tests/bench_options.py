@@ -185,9 +185,10 @@ def options(trainer: Trainer, module: Any, loaders: Loaders) -> dict[str, Callab
         found["compile"] = handle(lambda: torch.compile(module._next_token_loss, dynamic=False))
     if trainer.world_size > 1:
         found["Lightning's broadcast per micro-batch"] = lightnings_broadcast
-        found["gradient_as_bucket_view"] = ddp_with(trainer, gradient_as_bucket_view=True)
+        as_views = trainer.strategy.model.gradient_as_bucket_view  # type: ignore[union-attr]
+        found[f"gradient_as_bucket_view={not as_views}"] = ddp_with(trainer, gradient_as_bucket_view=not as_views)
         if trainer.accumulate_grad_batches == 1:  # with no_sync before the first synchronised backward torch asserts
-            found["static_graph"] = ddp_with(trainer, static_graph=True)
+            found["static_graph"] = ddp_with(trainer, gradient_as_bucket_view=as_views, static_graph=True)
     return found
 
 
