@@ -56,6 +56,15 @@ def test_export_does_not_import_lightning(format):
     assert not {"lightning", "torchmetrics", "datasets", "transformers", "matplotlib", "tensorboard"} & modules
 
 
+def test_fit_collects_garbage_but_not_among_what_was_imported():
+    code = "import gc\nfrom gpt2_lightning.__main__ import main\nmain(['fit', '--help'])\n"
+    code += "print(gc.isenabled(), gc.get_freeze_count())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    enabled, frozen = done.stdout.splitlines()[-1].split()
+    assert enabled == "True"
+    assert int(frozen) > 100_000
+
+
 @pytest.fixture
 def no_cache_chosen(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # so that it is put back, whatever is set in the test
