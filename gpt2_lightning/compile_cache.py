@@ -3,14 +3,17 @@
 import os
 from pathlib import Path
 
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
 
 def keep_compiled_code() -> None:
     """Moves torch.compile's cache from its temporary folder to the user's cache, which outlives a reboot.
 
-    ``TORCHINDUCTOR_CACHE_DIR`` wins where it is set. A folder that cannot be made, is another user's, or can be written
-    to by others is not taken, for what lies there is run; torch's own choice then stays.
+    ``TORCHINDUCTOR_CACHE_DIR`` wins where a user has set it; torch sets it itself, to its default, when it is imported.
+    A folder that cannot be made, is another user's, or can be written to by others is not taken, for what lies there is
+    run; torch's own choice then stays.
     """
-    if "TORCHINDUCTOR_CACHE_DIR" in os.environ:
+    if os.environ.get("TORCHINDUCTOR_CACHE_DIR", default_cache_dir()) != default_cache_dir():
         return
     try:
         base = Path(os.environ.get("XDG_CACHE_HOME", ""))

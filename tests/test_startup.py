@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from gpt2_lightning.__main__ import main
 from gpt2_lightning.compile_cache import keep_compiled_code
@@ -67,8 +69,8 @@ def test_fit_collects_garbage_but_not_among_what_was_imported():
 
 @pytest.fixture
 def no_cache_chosen(monkeypatch, tmp_path):
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # so that it is put back, whatever is set in the test
-    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    """As it is when torch has been imported and the user has said nothing."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", default_cache_dir())
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
@@ -99,13 +101,13 @@ def test_a_folder_that_others_can_write_to_is_not_taken(no_cache_chosen, tmp_pat
     folder.mkdir(parents=True)
     folder.chmod(0o777)
     keep_compiled_code()
-    assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == default_cache_dir()
 
 
 def test_a_folder_that_cannot_be_made_leaves_torchs_choice(no_cache_chosen, tmp_path, monkeypatch):
     (tmp_path / "cache").write_text("a file, no folder")
     keep_compiled_code()
-    assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == default_cache_dir()
 
     def homeless():
         raise RuntimeError("Could not determine home directory.")
@@ -113,7 +115,7 @@ def test_a_folder_that_cannot_be_made_leaves_torchs_choice(no_cache_chosen, tmp_
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setattr(Path, "home", homeless)
     keep_compiled_code()
-    assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == default_cache_dir()
 
 
 def test_an_uncompiled_run_makes_no_cache_and_a_compiled_one_asks_for_it(
@@ -122,6 +124,16 @@ def test_an_uncompiled_run_makes_no_cache_and_a_compiled_one_asks_for_it(
     recipe = str(write_recipe(make_shards(), trainer={"max_steps": 1}, validation={"every_n_steps": 0}))
     monkeypatch.setattr(torch, "compile", lambda function, **kwargs: function)
     assert main(["fit", "--config", recipe, "--run_dir", "plain"]) == 0
-    assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == default_cache_dir()
     assert main(["fit", "--config", recipe, "--run_dir", "compiled", "--model.compile", "true"]) == 0
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"].startswith(str(tmp_path))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="torch.compile needs a C++ compiler")
+def test_a_compiled_run_leaves_its_code_in_the_users_cache(make_shards, write_recipe, tmp_path):
+    recipe = str(write_recipe(make_shards(), trainer={"max_steps": 1}, validation={"every_n_steps": 0}))
+    command = [sys.executable, "-m", "gpt2_lightning", "fit", "--config", recipe, "--model.compile", "true"]
+    environment = {name: value for name, value in os.environ.items() if name != "TORCHINDUCTOR_CACHE_DIR"}
+    subprocess.run(command, check=True, timeout=300, env=environment | {"XDG_CACHE_HOME": str(tmp_path / "cache")})
+    assert any((tmp_path / "cache" / "gpt2_lightning" / "inductor").rglob("*.so"))
