@@ -132,6 +132,18 @@ def _of_several_processes(said: str) -> str:
 
 
 def _lightning(args: list[str]) -> None:
+    import gc
+
+    if "gpt2_lightning.cli" not in sys.modules:
+        # none of the objects that imports make is garbage, and to look for it there, then and ever after, is a third of
+        # the time up to the first step
+        gc.disable()
+        try:
+            import gpt2_lightning.cli  # noqa: F401
+
+            gc.freeze()
+        finally:
+            gc.enable()
     from gpt2_lightning.cli import run
 
     run(args)
@@ -323,6 +335,7 @@ def _plan(args: list[str]) -> None:
 
 def _bench(args: list[str]) -> None:
     parser = Parser(prog="gpt2 bench", description="Climb the video's ladder of speed on this machine.")
+    parser.add_argument("--device", help="cuda, mps or cpu (default: the best at hand)")
     parser.add_argument("--rungs", metavar="A,B", help="time these only; each still keeps what those below it changed")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     shape = ("block_size", "n_layer", "n_head", "n_embd", "micro_batch_size")
@@ -338,13 +351,16 @@ def _bench(args: list[str]) -> None:
 
     import torch
 
-    from gpt2_lightning.bench import RUNGS, default_shape, measure
+    from gpt2_lightning.bench import RUNGS, default_shape
+    from gpt2_lightning.bench_table import measure
 
+    if given.device and given.device not in _devices():
+        parser.error(f"no device {given.device} here: choose from {', '.join(_devices())}")
     known = [rung.name for rung in RUNGS]
     names = given.rungs.split(",") if given.rungs else known
     if unknown := [name for name in names if name not in known]:
         parser.error(f"no rung {', '.join(unknown)}: choose from {','.join(known)}")
-    device = torch.device(_device())
+    device = torch.device(given.device or _device())
     config, micro_batch_size = default_shape(device)
     typed = {name: getattr(given, name) for name in shape[:-1] if getattr(given, name) is not None}
     config, micro_batch_size = replace(config, **typed), given.micro_batch_size or micro_batch_size
@@ -369,12 +385,16 @@ def _report(args: list[str]) -> None:
 
 
 def _device() -> str:
-    """The best device at hand: cuda, mps or cpu."""
+    """The best device at hand."""
+    return _devices()[0]
+
+
+def _devices() -> list[str]:
+    """The devices at hand, of cuda, mps and cpu, the best first."""
     import torch
 
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    return [name for name, is_there in there.items() if is_there]
 
 
 if __name__ == "__main__":

@@ -1,32 +1,44 @@
 """``gpt2 bench``: the video's ladder of speed on this machine, this package's own rungs on top, beside the limits.
 
 Every rung times the same training step, one micro-batch: forward, loss, backward, clipping, AdamW. Each keeps what
-those below it changed. The last is that step inside the Trainer, on shards, with the callbacks that `gpt2 fit` has.
+those below it changed, except for the rungs on trial. The last is that step inside the Trainer, on shards, with the
+callbacks and loggers that `gpt2 fit` has.
 """
 
+import contextlib
+import gc
+import io
 import shutil
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
+from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from gpt2_lightning.callbacks.metrics import StepMetrics
+from gpt2_lightning.callbacks.checkpoint import StepCheckpoint
+from gpt2_lightning.callbacks.hellaswag import HellaSwag
+from gpt2_lightning.callbacks.log_txt import LogTxt
 from gpt2_lightning.callbacks.nonfinite import NonFinite
+from gpt2_lightning.callbacks.progress import StepProgressBar
+from gpt2_lightning.callbacks.samples import Samples
+from gpt2_lightning.callbacks.signals import stop_signal
+from gpt2_lightning.callbacks.validation import ValidationLoss
+from gpt2_lightning.compile_cache import keep_compiled_code
 from gpt2_lightning.data.datamodule import TokenDataModule
 from gpt2_lightning.data.shards import write_shard
-from gpt2_lightning.gpus import peak_flops
-from gpt2_lightning.job import TRAINER_DEFAULTS, quieten
+from gpt2_lightning.job import TRAINER_DEFAULTS, callbacks_of_a_run, quieten
 from gpt2_lightning.loss import LinearCrossEntropy
 from gpt2_lightning.model import GPT, GPTConfig
 from gpt2_lightning.module import CHUNK_LOGITS, GPTModule
@@ -46,7 +58,10 @@ class Setup:
     flash: bool = False
     padded: bool = False
     fused: bool = False
+    larger: bool = False
     chunked: bool = False
+    cudnn: bool = False
+    autotune: bool = False
 
 
 @dataclass(frozen=True)
@@ -56,6 +71,8 @@ class Rung:
     change: dict[str, bool]
     a100_ms: float | None = None
     """The video's figure: one A100, 16 sequences of 1,024 tokens."""
+    on_trial: bool = False
+    """Timed on top of those below it, and left out of those above: not what ``gpt2 fit`` does."""
 
 
 RUNGS = (
@@ -66,71 +83,116 @@ RUNGS = (
     Rung("flash", "fused attention", {"flash": True}, 96.0),
     Rung("vocab", "vocabulary 50257 → 50304", {"padded": True}, 93.0),
     Rung("fused", "fused AdamW", {"fused": True}, 90.0),
+    Rung("larger", "4 × the micro-batch", {"larger": True}),  # of 16: the recipe's 64
     # its loop over chunks is nothing that a compiler could fuse: on a CPU it is faster alone than the two together
     Rung("chunked", "loss in chunks, eager", {"chunked": True, "compile": False}),
+    Rung("cudnn", "cuDNN attention (trial)", {"cudnn": True}, on_trial=True),
+    Rung("autotune", "autotuned compile (trial)", {"autotune": True}, on_trial=True),
     Rung("trainer", "the same in the Trainer", {}),
 )
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Of one rung: seconds per micro-batch, and the most memory it took, in bytes, where the system tells."""
+    """Of one rung: seconds per micro-batch, its sequences, and the most memory in bytes, where the system tells."""
 
     median: float
     low: float
     high: float
+    micro_batch_size: int
     peak_memory: int | None
 
 
 def cannot(rung: Rung, device: torch.device) -> str | None:
     """Why a device has no such rung, or None."""
     cuda, cpu = device.type == "cuda", device.type == "cpu"
-    if rung.name == "tf32" and not (cuda and torch.cuda.get_device_capability(device) >= (8, 0)):
-        return "no TF32 on this device"
-    if rung.name == "bf16" and not (torch.cuda.is_bf16_supported() if cuda else cpu and _fast_bf16()):
-        return "no fast bf16 on this device"
-    if rung.name == "compile" and (device.type == "mps" or sys.platform == "win32"):
-        return "not worth using here"
-    if rung.name == "compile" and cpu and not any(map(shutil.which, ("c++", "g++", "clang++"))):
-        return "no C++ compiler"
-    if rung.name == "chunked" and cuda:
-        return "saves memory, not time, on a GPU: model.chunked_loss"
+    match rung.name:
+        case "tf32" if not (cuda and torch.cuda.get_device_capability(device) >= (8, 0)):
+            return "no TF32 on this device"
+        case "bf16" if not (_has_bf16() if cuda else cpu and _has_amx()):
+            return "no fast bf16 on this device"
+        case "compile" | "autotune" if device.type == "mps" or sys.platform == "win32":
+            return "not worth using here"
+        case "compile" if cpu and not any(map(shutil.which, ("c++", "g++", "clang++"))):
+            return "no C++ compiler"
+        case "larger" if not cuda:
+            return "no faster here"
+        case "chunked" if not cpu:
+            return "saves memory, not time, on a GPU: model.chunked_loss"
+        case "cudnn" if not (cuda and _has_bf16() and _has_cudnn_attention(device)):
+            return "no cuDNN attention on this device"
+        case "autotune" if cpu:
+            return "the step is not compiled here"
     return None
 
 
-def _fast_bf16() -> bool:
+def _has_amx() -> bool:
     return torch.cpu._is_amx_tile_supported()  # without AMX the casts cost more than the products gain
+
+
+def _has_bf16() -> bool:
+    return torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def _has_cudnn_attention(device: torch.device) -> bool:
+    q = torch.zeros(1, 1, 128, 64, device=device, dtype=torch.bfloat16, requires_grad=True)
+    try:
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            F.scaled_dot_product_attention(q, q, q, is_causal=True).sum().backward()
+    except RuntimeError:
+        return False
+    return True
 
 
 def climb(
     config: GPTConfig, micro_batch_size: int, device: torch.device, names: list[str]
 ) -> Iterator[tuple[Rung, Timing | str]]:
     """Times the rungs of these names in order; for one that the device cannot do, the reason."""
-    setup = Setup()
+    kept = Setup()
     for rung in RUNGS:
         reason = cannot(rung, device)
-        if reason is None:
-            setup = replace(setup, **rung.change)
-        if rung.name not in names:
-            continue
-        if reason is not None:
-            yield rung, reason
-            continue
-        shape = replace(config, vocab_size=config.vocab_size if setup.padded else VOCAB_SIZE)
-        torch.set_float32_matmul_precision("high" if setup.tf32 else "highest")
-        if setup.compile:
-            torch.compiler.reset()
+        setup = replace(kept, **rung.change) if reason is None else kept
+        if not rung.on_trial:
+            kept = setup
+        if rung.name in names:
+            yield rung, reason or _time(rung, setup, config, micro_batch_size, device)
+
+
+def _time(rung: Rung, setup: Setup, config: GPTConfig, micro_batch_size: int, device: torch.device) -> Timing | str:
+    """The timing of one rung on the micro-batch asked for, or on the first half of a half … of it that fits."""
+    shape = replace(config, vocab_size=config.vocab_size if setup.padded else VOCAB_SIZE)
+    torch.set_float32_matmul_precision("high" if setup.tf32 else "highest")
+    if setup.compile:
+        keep_compiled_code()
+    size = 4 * micro_batch_size if setup.larger else micro_batch_size
+    run = _in_the_trainer if rung.name == "trainer" else _by_hand
+    while size >= 1:
+        torch.compiler.reset()
+        _free(device)
         _reset_peak(device)
-        run = _in_the_trainer if rung.name == "trainer" else _by_hand
-        seconds = sorted(run(setup, shape, micro_batch_size, device))
-        low, median, high = (seconds[len(seconds) * quarter // 4] for quarter in (1, 2, 3))
-        yield rung, Timing(median, low, high, _peak(device))
+        seconds = _unless_out_of_memory(partial(run, setup, shape, size, device))
+        if seconds is not None:
+            seconds.sort()
+            low, median, high = (seconds[len(seconds) * quarter // 4] for quarter in (1, 2, 3))
+            return Timing(median, low, high, size, _peak(device))
+        size //= 2
+    return "does not fit"
+
+
+def _unless_out_of_memory(run: Callable[[], list[float]]) -> list[float] | None:
+    try:
+        return run()
+    except RuntimeError as error:  # torch.OutOfMemoryError on CUDA; on MPS and on a CPU plain ones
+        if not any(words in str(error) for words in ("out of memory", "allocate memory")):
+            raise
+    return None  # outside the handler, whose traceback holds the activations
 
 
 @contextmanager
 def _attention(setup: Setup) -> Iterator[None]:
     """Before the rung of fused attention, the same call computed as matmuls and a softmax."""
-    with nullcontext() if setup.flash else sdpa_kernel(SDPBackend.MATH):
+    choice = SDPBackend.CUDNN_ATTENTION if setup.cudnn else None if setup.flash else SDPBackend.MATH
+    with nullcontext() if choice is None else sdpa_kernel(choice):
         yield
 
 
@@ -147,7 +209,8 @@ def _by_hand(setup: Setup, config: GPTConfig, micro_batch_size: int, device: tor
         hidden = model.hidden(ids[:, :-1]).flatten(0, 1)
         return criterion(hidden, model.lm_head.weight, ids[:, 1:].flatten())
 
-    loss_of = torch.compile(next_token_loss, dynamic=False) if setup.compile else next_token_loss
+    tuning: Any = {"max_autotune": True, "coordinate_descent_tuning": True} if setup.autotune else None
+    loss_of = torch.compile(next_token_loss, dynamic=False, options=tuning) if setup.compile else next_token_loss
     seconds = []
     with _attention(setup):
         for _ in range(WARM_UP + STEPS):
@@ -177,32 +240,42 @@ class _Stopwatch(Callback):
 
 
 def _in_the_trainer(setup: Setup, config: GPTConfig, micro_batch_size: int, device: torch.device) -> list[float]:
-    """Seconds of each step of a run as ``gpt2 fit`` makes it, logging every step."""
+    """Seconds of each step of a run as ``gpt2 fit`` makes it, logging every step; evaluation and saving are not due."""
     quieten()
     watch = _Stopwatch()
     tokens = np.random.default_rng(0).integers(0, VOCAB_SIZE, 2_000_000, dtype=np.uint16)
-    with tempfile.TemporaryDirectory() as folder:
-        write_shard(Path(folder) / "random_val_000000.npy", tokens[: 10 * config.block_size])
-        write_shard(Path(folder) / "random_train_000001.npy", tokens)
+    cuda = device.type == "cuda"
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_shard(folder / "random_val_000000.npy", tokens[: 10 * config.block_size])
+        write_shard(folder / "random_train_000001.npy", tokens)
         data = TokenDataModule(
-            root=folder,
+            root=name,
             source=None,
             total_batch_tokens=micro_batch_size * config.block_size,
             micro_batch_size=micro_batch_size,
+            num_workers=2 if cuda else 0,  # as the recipes have it
         )
         trainer = Trainer(
-            accelerator="gpu" if device.type == "cuda" else device.type,
+            accelerator="gpu" if cuda else device.type,
             devices=1,
             precision="bf16-mixed" if setup.bf16 else "32-true",
             max_steps=WARM_UP + STEPS,
-            logger=TensorBoardLogger(folder, default_hp_metric=False),
-            callbacks=[StepMetrics(), NonFinite(), watch],
-            enable_progress_bar=False,
-            enable_checkpointing=False,
+            default_root_dir=name,
+            logger=[TensorBoardLogger(name, default_hp_metric=False), LogTxt(folder)],
+            callbacks=[
+                StepProgressBar(),
+                *callbacks_of_a_run(),
+                *(ValidationLoss(0), HellaSwag(0), Samples(0), NonFinite(), StepCheckpoint(0)),
+                watch,
+            ],
             **TRAINER_DEFAULTS,
         )
-        with _attention(setup):
+        unseen = io.StringIO()  # the bar is drawn, but not into the table; how fast a terminal is, is not the point
+        with _attention(setup), contextlib.redirect_stderr(unseen), contextlib.redirect_stdout(unseen):
             trainer.fit(GPTModule(config, compile=setup.compile, chunked_loss=setup.chunked), data)
+    if stop_signal(trainer):
+        raise KeyboardInterrupt
     return [end - begin for begin, end in zip(watch.ends, watch.ends[1:], strict=False)][WARM_UP - 1 :]
 
 
@@ -237,9 +310,16 @@ def _synchronize(device: torch.device) -> None:
         torch.mps.synchronize()
 
 
-def _reset_peak(device: torch.device) -> None:
+def _free(device: torch.device) -> None:
+    gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+    elif device.type == "mps":
+        torch.mps.empty_cache()
+
+
+def _reset_peak(device: torch.device) -> None:
+    if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif device.type == "cpu" and sys.platform == "linux":
         Path("/proc/self/clear_refs").write_text("5")  # the kernel's way to start the process's peak anew
@@ -259,58 +339,3 @@ def default_shape(device: torch.device) -> tuple[GPTConfig, int]:
     if device.type == "cpu":
         return GPTConfig(block_size=128, n_layer=4, n_head=4, n_embd=64), 4
     return GPTConfig(), 16
-
-
-HEAD = f"{'':28}{'ms':>9} {'quartiles':>17} {'tokens/s':>11} {'faster':>8} {'MFU':>6} {'memory':>9} {'A100, video':>12}"
-
-
-def _line(rung: dict[str, Any]) -> str:
-    if "skipped" in rung:
-        return f"{rung['title']:28}{'skipped: ' + rung['skipped']}"
-    mfu = f"{rung['mfu']:.1%}" if rung["mfu"] else "-"
-    memory = f"{rung['peak_memory_bytes'] / 2**30:.2f} GiB" if rung["peak_memory_bytes"] else "-"
-    video = f"{rung['a100_ms']:.0f} ms" if rung["a100_ms"] else "-"
-    quartiles = f"{rung['ms_low']:8.1f}-{rung['ms_high']:<8.1f}"
-    return (
-        f"{rung['title']:28}{rung['ms']:9.1f} {quartiles} {rung['tokens_per_sec']:11,.0f} "
-        f"{rung['times_faster']:7.2f}x {mfu:>6} {memory:>9} {video:>12}"
-    )
-
-
-def measure(
-    config: GPTConfig, micro_batch_size: int, device: torch.device, names: list[str], table: TextIO
-) -> dict[str, Any]:
-    """The ladder and the limits as one plain object, and as a ``table`` that grows while it climbs."""
-    tokens, flops = micro_batch_size * config.block_size, GPT(config).flops_per_token()
-    rungs: list[dict[str, Any]] = []
-    first = None
-    shape = asdict(config) | {"micro_batch_size": micro_batch_size}
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    print(f"{name}: {', '.join(f'{key}={value}' for key, value in shape.items())}\n{HEAD}", file=table, flush=True)
-    for rung, timing in climb(config, micro_batch_size, device, names):
-        entry: dict[str, Any] = {"name": rung.name, "title": rung.title, "a100_ms": rung.a100_ms}
-        if isinstance(timing, str):
-            entry["skipped"] = timing
-        else:
-            first = first or timing.median
-            rate, peak = tokens / timing.median, peak_flops(device)
-            entry |= {
-                "ms": 1e3 * timing.median,
-                "ms_low": 1e3 * timing.low,
-                "ms_high": 1e3 * timing.high,
-                "tokens_per_sec": rate,
-                "times_faster": first / timing.median,
-                "mfu": rate * flops / peak if peak else None,
-                "peak_memory_bytes": timing.peak_memory,
-            }
-        print(_line(entry), file=table, flush=True)
-        rungs.append(entry)
-    found = limits(device, bf16=cannot(RUNGS[2], device) is None)
-    fastest = max((rung["tokens_per_sec"] for rung in rungs if "ms" in rung), default=0.0)
-    share = fastest * flops / found["matmul_flops"]
-    print(
-        f"limits: a large matmul {found['matmul_flops'] / 1e12:.3g} TFLOP/s, a large copy "
-        f"{found['copy_bytes_per_sec'] / 1e9:.3g} GB/s; the fastest rung reaches {share:.0%} of that matmul",
-        file=table,
-    )
-    return {"device": name, "shape": shape, "rungs": rungs, "limits": found | {"share_of_matmul": share}}

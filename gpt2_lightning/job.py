@@ -11,10 +11,14 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from lightning.fabric.plugins.environments import LightningEnvironment
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.strategies import Strategy, StrategyRegistry
 
 from gpt2_lightning.callbacks.checkpoint import saved_steps
+from gpt2_lightning.callbacks.metrics import StepMetrics
+from gpt2_lightning.callbacks.micro_batch import AutoMicroBatch
+from gpt2_lightning.callbacks.signals import StopOnSignal
+from gpt2_lightning.callbacks.time_spent import TimeSpent
 from gpt2_lightning.lock import try_lock
 
 Resume = Literal["auto", "must", "never"]
@@ -27,6 +31,11 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     "use_distributed_sampler": False,  # the batch samplers deal out to the ranks themselves, and pad nothing
     "enable_model_summary": False,
 }
+
+
+def callbacks_of_a_run() -> list[Callback]:
+    """What every training run has in front of the callbacks that evaluate."""
+    return [StopOnSignal(), TimeSpent(), StepMetrics(), AutoMicroBatch()]
 
 
 def quieten() -> None:

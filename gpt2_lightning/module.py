@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torchmetrics import MeanMetric
 
+from gpt2_lightning.compile_cache import keep_compiled_code
 from gpt2_lightning.loss import LinearCrossEntropy
 from gpt2_lightning.model import GPT, GPTConfig
 from gpt2_lightning.optim import AdamW, decay_groups
@@ -89,6 +90,8 @@ class GPTModule(LightningModule):
         compiled = (
             device_type == "cuda" and sys.platform != "win32" if self.compile_mode == "auto" else self.compile_mode
         )
+        if compiled:
+            keep_compiled_code()
         # a handle beside the module, not the module itself: keys, evaluation and sampling stay those of the plain model
         self.next_token_loss: Callable[[Tensor], Tensor] = (
             torch.compile(self._next_token_loss, dynamic=False) if compiled else self._next_token_loss

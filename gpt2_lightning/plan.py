@@ -341,7 +341,8 @@ def step_of(recipe: Any, gpu: GPU | None, world_size: int) -> tuple[Step, list[s
         compiled=not cpu if model.compile == "auto" else model.compile,
         activation_checkpointing=getattr(model, "activation_checkpointing", False),
         cpu=cpu,
-        ddp=world_size > 1 and not sharded and not options.get("gradient_as_bucket_view"),
+        # `gpt2 fit` keeps the gradients in the buckets where the strategy is plain ddp
+        ddp=world_size > 1 and not sharded and strategy != "ddp" and not options.get("gradient_as_bucket_view"),
         shards=world_size if sharded else 1,
     )
     return step, notes

@@ -3,17 +3,27 @@
     python tests/bench_fit.py [blocks] [configs/quickstart.yaml] [more flags of gpt2 fit]
 
 The Trainer runs the recipe with all that `gpt2 fit` puts into it, logging every step; evaluation and saving are off.
-After each block of its steps two loops make as many on copies of the model, on the same batches. The raw one does what
-the Trainer does: our loss and AdamW, clipping, schedule, one `.item()` a step. The plain one is build-nanogpt's: whole
-logits, F.cross_entropy, AdamW as torch has it by default, and bf16 autocast if the recipe has it (its script always
-does). Printed are the ratios of the rates, block by block.
+After each block of its steps the other loops make as many on copies of the model, on the same batches of the same
+loader. Raw is what the Trainer does: our loss and AdamW, clipping, schedule, one `.item()` a step. Plain is
+build-nanogpt's loop: whole logits that the forward gives back with the loss, F.cross_entropy, torch's AdamW, fused on
+CUDA alone; once in the recipe's precision and, where that is another one, once in that of its script, bf16 autocast on
+any device. Where the recipe compiles, all are compiled. Printed are ms a step and tokens/s (medians over the steps),
+and the ratios of the rates, block by block. On one GPU of 80 GB, B=64, T=1024 as the published figures have it:
+
+    python tests/bench_fit.py 20 configs/gpt2_124m.yaml --trainer.devices 1 --trainer.strategy auto \
+        --data.source stdlib --data.root data/stdlib --data.total_batch_tokens 65536
+
+That is 200 counted steps of each. Memory there: four bytes each for a weight, its gradient and AdamW's two moments are
+16 · 124M = 2 GB a loop; beside them only the loop at work holds activations, of which the logits' 6.6 GB in bf16 is the
+largest tensor. The column of peak memory says what it came to.
 """
 
 import copy
+import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -29,100 +39,130 @@ from gpt2_lightning.schedule import WarmupCosine
 
 STEPS_PER_BLOCK = 10
 SETTINGS: dict[str, Any] = {"lr": 6e-4, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+LossOf = Callable[[GPT, Tensor], tuple[Any, Tensor]]  # ids (B, T+1) → what else the forward gives back, and the loss
 
 
 class Loop:
     """A raw training loop: ``loss_of(model, ids)``, clipping, AdamW, cosine."""
 
-    def __init__(
-        self,
-        model: GPT,
-        optimizer: type[torch.optim.Optimizer],
-        loss_of: Callable[[GPT, Tensor], Tensor],
-        trainer: Trainer,
-    ) -> None:
-        self.model, self.loss_of, self.accumulate = model, loss_of, trainer.accumulate_grad_batches
-        self.autocast = torch.autocast(
-            trainer.strategy.root_device.type, dtype=torch.bfloat16, enabled=trainer.precision == "bf16-mixed"
-        )
-        self.optimizer = optimizer(decay_groups(model.named_parameters()), **SETTINGS)
-        self.scheduler = WarmupCosine(self.optimizer, 40, trainer.max_steps, 3e-4)
+    def __init__(self, trainer: Trainer, optimizer: torch.optim.Optimizer, model: GPT, loss_of: LossOf, bf16: bool):
+        self.model, self.loss_of, self.optimizer = model, loss_of, optimizer
+        self.device, self.accumulate = trainer.strategy.root_device, trainer.accumulate_grad_batches
+        self.autocast = torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=bf16)
+        self.scheduler = WarmupCosine(optimizer, 40, trainer.max_steps, 3e-4)
+        self.batches: Iterator[Tensor] = iter(trainer.datamodule.train_dataloader())  # type: ignore[attr-defined]
 
-    def step(self, batches: list[Tensor]) -> None:
+    def step(self) -> float:
+        """Makes a step and returns its seconds."""
+        started = time.perf_counter()
         self.optimizer.zero_grad()
-        total = torch.zeros((), device=batches[0].device)
-        for batch in batches:
+        total = torch.zeros((), device=self.device)
+        for _ in range(self.accumulate):
+            ids = next(self.batches).to(self.device, non_blocking=True).long()
             with self.autocast:
-                loss = self.loss_of(self.model, batch.long())
+                _logits, loss = self.loss_of(self.model, ids)  # held until the next, as the script's loop holds them
             (loss / self.accumulate).backward()
             total += loss.detach() / self.accumulate
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.scheduler.step()
-        total.item()
+        total.item()  # waits for the device
+        return time.perf_counter() - started
 
 
-def plain_loss(model: GPT, ids: Tensor) -> Tensor:
-    return F.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
+def plain_loss(model: GPT, ids: Tensor) -> tuple[Tensor, Tensor]:
+    logits = model(ids[:, :-1])  # (B, T, V)
+    return logits, F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+
+
+def loops_beside(trainer: Trainer, module: Any) -> dict[str, Loop]:
+    criterion = LinearCrossEntropy(module.loss.chunk_tokens)
+
+    def our_loss(model: GPT, ids: Tensor) -> tuple[None, Tensor]:
+        hidden = model.hidden(ids[:, :-1]).flatten(0, 1)
+        return None, criterion(hidden, model.lm_head.weight, ids[:, 1:].flatten())
+
+    compiled = not hasattr(module.next_token_loss, "__func__")  # a compiled handle, not the method
+    bf16 = trainer.precision == "bf16-mixed"
+
+    def loop(loss_of: LossOf, ours: bool, bf16: bool) -> Loop:
+        model = copy.deepcopy(module.model)
+        groups = decay_groups(model.named_parameters())
+        fused = True if model.lm_head.weight.is_cuda else None  # as the script has it
+        optimizer = AdamW(groups, **SETTINGS) if ours else torch.optim.AdamW(groups, fused=fused, **SETTINGS)
+
+        def own_loss_of(model: GPT, ids: Tensor) -> tuple[Any, Tensor]:  # each compiled alone, against its own cache
+            return loss_of(model, ids)
+
+        compiled_loss_of: Any = torch.compile(own_loss_of, dynamic=False) if compiled else own_loss_of
+        return Loop(trainer, optimizer, model, compiled_loss_of, bf16)
+
+    loops = {"raw": loop(our_loss, True, bf16), "plain": loop(plain_loss, False, bf16)}
+    return loops if bf16 else loops | {"plain, in bf16 as its script": loop(plain_loss, False, True)}
 
 
 class LoopsBeside(Callback):
-    """Times blocks of the Trainer's steps, and of the two loops' between them."""
+    """Times blocks of the Trainer's steps, and of the other loops' between them."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        module: Any = pl_module
-        criterion = LinearCrossEntropy(module.loss.chunk_tokens)
-
-        def our_loss(model: GPT, ids: Tensor) -> Tensor:
-            return criterion(model.hidden(ids[:, :-1]).flatten(0, 1), model.lm_head.weight, ids[:, 1:].flatten())
-
-        compiled = not hasattr(module.next_token_loss, "__func__")  # a compiled handle, not the method
-        ours, plain = (torch.compile(f) if compiled else f for f in (our_loss, plain_loss))
-        self.loops = {
-            "raw": Loop(copy.deepcopy(module.model), AdamW, ours, trainer),
-            "plain": Loop(copy.deepcopy(module.model), torch.optim.AdamW, plain, trainer),
-        }
-        self.batches = iter(trainer.datamodule.train_dataloader())  # type: ignore[attr-defined]
-        self.seconds: list[dict[str, float]] = []
+        self.loops = loops_beside(trainer, pl_module)
+        self.seconds: list[dict[str, list[float]]] = []  # of each block, of each of its steps
+        self.peaks = dict.fromkeys(("Trainer", *self.loops), 0)
+        self.mine: list[float] = []
+        _reset_peak()
         self.started = time.perf_counter()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        accumulate = trainer.accumulate_grad_batches
-        if (batch_idx + 1) % (STEPS_PER_BLOCK * accumulate) != 0:
+        step, rest = divmod(batch_idx + 1, trainer.accumulate_grad_batches)
+        if rest:
             return
-        _synchronize()
-        block = {"Trainer": time.perf_counter() - self.started}
-        for name, loop in self.loops.items():
-            began = time.perf_counter()
-            for _ in range(STEPS_PER_BLOCK):  # each reads its batches, as the Trainer does
-                loop.step([next(self.batches).to(pl_module.device) for _ in range(accumulate)])
+        if step % STEPS_PER_BLOCK == 0:
             _synchronize()
-            block[name] = time.perf_counter() - began
-        self.seconds.append(block)
-        self.started = time.perf_counter()
+        now = time.perf_counter()
+        self.mine.append(now - self.started)
+        self.started = now
+        if step % STEPS_PER_BLOCK == 0:
+            block = {"Trainer": self.mine}
+            self._note_peak("Trainer")
+            for name, loop in self.loops.items():
+                block[name] = [loop.step() for _ in range(STEPS_PER_BLOCK)]
+                self._note_peak(name)
+            self.seconds.append(block)
+            self.mine = []
+            self.started = time.perf_counter()
+
+    def _note_peak(self, name: str) -> None:
+        if torch.cuda.is_available():
+            self.peaks[name] = max(self.peaks[name], torch.cuda.max_memory_allocated())
+        _reset_peak()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        blocks = self.seconds[1:]  # the first block warms up
-        steps = STEPS_PER_BLOCK * len(blocks)
+        blocks = self.seconds[1:]  # the first block compiles and warms up
         tokens = trainer.datamodule.total_batch_tokens  # type: ignore[attr-defined]
-        for name in blocks[0]:
-            seconds = sum(block[name] for block in blocks) / steps
-            print(f"{name:>8} {1e3 * seconds:8.1f} ms a step {tokens / seconds:10,.0f} tokens/s")
+        print(f"\n{len(blocks) * STEPS_PER_BLOCK} steps of {tokens:,} tokens; medians of the steps:")
+        for name, peak in self.peaks.items():
+            seconds = statistics.median(second for block in blocks for second in block[name])
+            memory = f"{peak / 2**30:8.1f} GiB" if peak else ""
+            print(f"{name:>30} {1e3 * seconds:8.1f} ms {tokens / seconds:10,.0f} tokens/s{memory}")
+        print("the Trainer's rate over that of a loop; median of the blocks (quartiles), and over all steps:")
         for name in self.loops:
-            ratios = sorted(block[name] / block["Trainer"] for block in blocks)
+            sums = [(sum(block[name]), sum(block["Trainer"])) for block in blocks]
+            ratios = sorted(theirs / ours for theirs, ours in sums)
             low, median, high = (ratios[len(ratios) * quarter // 4] for quarter in (1, 2, 3))
-            whole = sum(block[name] for block in blocks) / sum(block["Trainer"] for block in blocks)
-            print(
-                f"the Trainer's rate over the {name} loop's: {whole:.3f} over {steps} steps, "
-                f"of the blocks {median:.3f} (quartiles {low:.3f} to {high:.3f})"
-            )
+            whole = sum(theirs for theirs, _ in sums) / sum(ours for _, ours in sums)
+            print(f"{name:>30} {median:8.3f} ({low:.3f} to {high:.3f}) {whole:8.3f}")
 
 
 def _synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+
+
+def _reset_peak() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
 
 
 if __name__ == "__main__":

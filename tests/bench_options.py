@@ -4,8 +4,10 @@
 
 Every option alternates with the training path as it is, in blocks of steps of the same run, so that a noisy machine
 hits both alike. Printed is by how much the option makes the steps faster (median over the pairs of blocks, and
-quartiles); what is kept has to show 0.5 %. With `--trainer.devices 2` the options of DDP's loop are tried as well. The
-last line is the share of the time that the loop waits for its data: prefetching more cannot gain more than that.
+quartiles), and on CUDA the peak memory with and without it; what is kept has to show 0.5 %, or to save memory. The
+loaders change hands as well: several stand by, each with its own workers, and a block reads from one of them. With
+`--trainer.devices 2 --trainer.strategy ddp` the options of DDP's wrapper and loop are tried too. `--only a,b` takes the
+options whose names hold one of these words. The last line is the share of the time that the loop waits for data.
 """
 
 import gc
@@ -13,13 +15,16 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
 
 from gpt2_lightning.__main__ import main
 from gpt2_lightning.loss import LinearCrossEntropy
@@ -30,7 +35,67 @@ STEPS_PER_BLOCK, WARM_UP = 10, 3  # the first steps of a block compile, tune or 
 Handle = Callable[[torch.Tensor], torch.Tensor]
 
 
-def options(trainer: Trainer, module: Any) -> dict[str, Callable[[], Callable[[], None]]]:
+class Loaders:
+    """Several loaders of the same batches; what comes next is the next of the one that is in use."""
+
+    def __init__(self, usual: DataLoader[Any]) -> None:
+        cuda = torch.cuda.is_available()
+        common: dict[str, Any] = {
+            name: getattr(usual, name)
+            for name in ("collate_fn", "num_workers", "multiprocessing_context", "worker_init_fn", "pin_memory")
+        }
+
+        def loader(**changes: Any) -> DataLoader[Any]:
+            return DataLoader(usual.dataset, batch_sampler=usual.batch_sampler, **common | changes)
+
+        forked = {"multiprocessing_context": "fork" if sys.platform == "linux" else None}
+        self.by_name = {"": usual}
+        for workers in (0, 1, 2, 4):
+            if workers != usual.num_workers:
+                self.by_name[f"data.num_workers={workers}"] = loader(
+                    num_workers=workers, multiprocessing_context=forked["multiprocessing_context"] if workers else None
+                )
+        self.by_name["2 workers, prefetch_factor 8"] = loader(num_workers=2, prefetch_factor=8, **forked)
+        if cuda:
+            self.by_name["memory not pinned"] = loader(pin_memory=not usual.pin_memory)
+        self.in_use = ""
+
+    def __len__(self) -> int:
+        return len(self.by_name[""])
+
+    def __iter__(self) -> Iterator[Any]:
+        started: dict[str, Iterator[Any]] = {}
+        for _ in range(len(self)):
+            if self.in_use not in started:  # its workers begin when it is first used
+                started[self.in_use] = iter(self.by_name[self.in_use])
+            yield next(started[self.in_use])
+
+    def switch(self, name: str) -> Callable[[], Callable[[], None]]:
+        def on() -> Callable[[], None]:
+            self.in_use = name
+            return lambda: setattr(self, "in_use", "")
+
+        return on
+
+
+def ddp_with(trainer: Trainer, **settings: bool) -> Callable[[], Callable[[], None]]:
+    """The same module in another wrapper of DDP, made anew each time: an idle one with a static graph cannot stay."""
+    strategy: Any = trainer.strategy
+    usual = strategy.model
+
+    def on() -> Callable[[], None]:
+        strategy.model = DistributedDataParallel(usual.module, device_ids=usual.device_ids, **settings)
+
+        def off() -> None:
+            strategy.model = usual
+            gc.collect()  # its hooks go with it
+
+        return off
+
+    return on
+
+
+def options(trainer: Trainer, module: Any, loaders: Loaders) -> dict[str, Callable[[], Callable[[], None]]]:
     """By name: what switches an option on, and returns what switches it off again."""
     device_type = trainer.strategy.root_device.type
     usual: Handle = module.next_token_loss
@@ -60,8 +125,12 @@ def options(trainer: Trainer, module: Any) -> dict[str, Callable[[], Callable[[]
 
         return next_token_loss
 
-    def loss(chunk_tokens: int | None) -> Handle:
-        criterion = LinearCrossEntropy(chunk_tokens)
+    def bf16_softmax(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        logits = F.linear(hidden, weight)  # bf16 by autocast, which would also have it cast to fp32 for the softmax
+        with torch.autocast(device_type, enabled=False):
+            return F.cross_entropy(logits, targets)
+
+    def loss(criterion: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]) -> Handle:
 
         def next_token_loss(ids: torch.Tensor) -> torch.Tensor:
             hidden = module.model.hidden(ids[:, :-1]).flatten(0, 1)
@@ -93,14 +162,19 @@ def options(trainer: Trainer, module: Any) -> dict[str, Callable[[], Callable[[]
 
     chunk_tokens = max(1, CHUNK_LOGITS // module.model.config.vocab_size)
     chunked = module.loss.chunk_tokens is not None
-    found = {
+    found: dict[str, Callable[[], Callable[[], None]]] = {
         "nothing (the noise)": lambda: lambda: None,
-        "loss whole" if chunked else "loss in chunks": handle(lambda: loss(None if chunked else chunk_tokens)),
+        "loss whole" if chunked else "loss in chunks": handle(
+            lambda: loss(LinearCrossEntropy(None if chunked else chunk_tokens))
+        ),
         "attention as matmuls": handle(lambda: attention(SDPBackend.MATH)),
         "flash attention": handle(lambda: attention(SDPBackend.FLASH_ATTENTION)),
         "garbage collector frozen": frozen,
         "one .item() per micro-batch": item_per_micro_batch,
     }
+    found |= {name: loaders.switch(name) for name in loaders.by_name if name}
+    if trainer.precision == "bf16-mixed":
+        found["the loss's softmax in bf16"] = handle(lambda: loss(bf16_softmax))
     if device_type == "cuda":
         found["cuDNN attention"] = handle(lambda: attention(SDPBackend.CUDNN_ATTENTION))
     if compiled:
@@ -111,17 +185,34 @@ def options(trainer: Trainer, module: Any) -> dict[str, Callable[[], Callable[[]
         found["compile"] = handle(lambda: torch.compile(module._next_token_loss, dynamic=False))
     if trainer.world_size > 1:
         found["Lightning's broadcast per micro-batch"] = lightnings_broadcast
+        as_views = trainer.strategy.model.gradient_as_bucket_view  # type: ignore[union-attr]
+        found[f"gradient_as_bucket_view={not as_views}"] = ddp_with(trainer, gradient_as_bucket_view=not as_views)
+        if trainer.accumulate_grad_batches == 1:  # with no_sync before the first synchronised backward torch asserts
+            found["static_graph"] = ddp_with(trainer, gradient_as_bucket_view=as_views, static_graph=True)
     return found
 
 
 class Alternate(Callback):
     """Block by block: the path as it is, an option, the path as it is, the next option …"""
 
-    def __init__(self, rounds: int) -> None:
+    def __init__(self, rounds: int, only: str = "") -> None:
         self.rounds = rounds
+        self.only = only.split(",")
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        make = data.train_dataloader
+
+        def train_dataloader() -> Loaders:
+            self.loaders = Loaders(make())
+            return self.loaders
+
+        data.train_dataloader = train_dataloader
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.options = options(trainer, pl_module)
+        found = options(trainer, pl_module, self.loaders)
+        self.options = {name: on for name, on in found.items() if any(word in name for word in self.only)}
+        self.peaks = {name: [0, 0] for name in self.options}  # bytes, without it and with it
         self.queue = [name for _ in range(self.rounds) for name in self.options for name in (None, name)]
         self.seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in self.options}
         self.off: Callable[[], None] = lambda: None
@@ -143,6 +234,8 @@ class Alternate(Callback):
             now = time.perf_counter()
             if step == WARM_UP:
                 self.began = now
+                if torch.cuda.is_available():
+                    torch.cuda.reset_peak_memory_stats()
             elif block > 1:
                 self._note(self.queue[block - 2], now - self.began)
             if step == 0:
@@ -155,10 +248,12 @@ class Alternate(Callback):
         self.ended = now
 
     def _note(self, name: str | None, seconds: float) -> None:
+        peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
         if name is None:
-            self.usual = seconds
+            self.usual, self.usual_peak = seconds, peak
         else:
             self.seconds[name].append((self.usual, seconds))
+            self.peaks[name] = [self.usual_peak, peak]
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.is_global_zero:
@@ -167,7 +262,9 @@ class Alternate(Callback):
         for name, pairs in self.seconds.items():
             gains = [usual / with_it - 1 for usual, with_it in pairs]
             low, median, high = statistics.quantiles(gains, n=4) if len(gains) > 1 else gains * 3
-            print(f"{name:40}{median:+10.1%}   {low:+.1%} to {high:+.1%}")
+            without, with_it = (peak / 2**30 for peak in self.peaks[name])
+            memory = f"   {without:.2f} → {with_it:.2f} GiB" if with_it else ""
+            print(f"{name:40}{median:+10.1%}   {low:+.1%} to {high:+.1%}{memory}")
         print(f"waiting for data: {self.waited / self.whole:.2%} of the time")
 
 
@@ -176,6 +273,11 @@ if __name__ == "__main__":
     recipe = sys.argv[2] if len(sys.argv) > 2 else "configs/quickstart.yaml"
     off = [f"--{section}.every_n_steps=0" for section in ("validation", "hellaswag", "samples", "checkpoint")]
     with tempfile.TemporaryDirectory() as run_dir:
+        more = sys.argv[3:]
         callback = ["--trainer.callbacks+=bench_options.Alternate", f"--trainer.callbacks.rounds={rounds}"]
+        if "--only" in more:
+            at = more.index("--only")
+            callback.append(f"--trainer.callbacks.only={more[at + 1]}")
+            del more[at : at + 2]
         flags = ["--trainer.max_steps=100000", *off, f"--run_dir={run_dir}/run", *callback]
-        raise SystemExit(main(["fit", f"--config={recipe}", *flags, *sys.argv[3:]]))
+        raise SystemExit(main(["fit", f"--config={recipe}", *flags, *more]))

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from gpt2_lightning import load
+from gpt2_lightning import cli, load
 from gpt2_lightning.__main__ import main
 from gpt2_lightning.optim import AdamW, decay_groups
 
@@ -132,6 +132,18 @@ def test_two_processes_train_as_one_does(launcher, optimizer, make_shards, write
     weights = [load(Path(run) / "checkpoints" / "last.ckpt").state_dict() for run in (tmp_path / "run", "two")]
     for name, value in weights[0].items():
         torch.testing.assert_close(weights[1][name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_ddp_keeps_the_gradients_in_its_buckets(make_shards, write_recipe, monkeypatch):
+    settings = []
+
+    def note(trainer):
+        settings.append(trainer.strategy._ddp_kwargs)
+        raise SystemExit(0)  # before Lightning's launcher writes into the environment
+
+    monkeypatch.setattr(cli, "refuse_other_world", note)
+    assert main(["fit", "--config", str(write_recipe(make_shards())), "--trainer.strategy", "ddp"]) == 0
+    assert settings == [{"gradient_as_bucket_view": True}]
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ FLOORS = {
     "baselines": 0,
     "run_folder": 0,
     "gpus": 0,
+    "compile_cache": 0,
     "data.shards": 0,
     "evals.multiple_choice": 0,
     "weights": 1,
@@ -40,6 +41,7 @@ FLOORS = {
     "charts": 3,
     "report": 3,
     "plan": 3,
+    "bench_table": 3,
     "cli": 4,
     "__main__": 4,
 }

@@ -33,6 +33,9 @@ class EveryNSteps(Callback, ABC):
     evaluates = True
     """Whether it evaluates, which can wait while a signal stops the run, and needs the whole model on each rank."""
 
+    label = "other callbacks"
+    """What it is called where ``TimeSpent`` tells what a run's time went into."""
+
     def __init__(self, every_n_steps: int) -> None:
         if every_n_steps < 0:
             raise ValueError(f"every_n_steps is {every_n_steps}: give a number of optimizer steps, or 0 for never")

@@ -98,6 +98,7 @@ class StepCheckpoint(EveryNSteps, Checkpoint):
     """
 
     evaluates = False
+    label = "checkpoints"
 
     def __init__(self, every_n_steps: int = 1000) -> None:
         super().__init__(every_n_steps)

@@ -25,6 +25,8 @@ class HellaSwag(EveryNSteps):
             none; ``builtin`` asks nobody.
     """
 
+    label = "HellaSwag"
+
     def __init__(self, every_n_steps: int = 250, style: Style = "nanogpt", path: str | None = None) -> None:
         super().__init__(every_n_steps)
         self.style: Style = style

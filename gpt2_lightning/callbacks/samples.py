@@ -22,6 +22,8 @@ class Samples(EveryNSteps):
         seed: of the samples.
     """
 
+    label = "samples"
+
     def __init__(
         self,
         every_n_steps: int = 250,

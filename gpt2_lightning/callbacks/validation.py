@@ -15,6 +15,8 @@ class ValidationLoss(EveryNSteps):
         tokens: how many tokens of the validation split it is measured on, over all devices (at most what is there).
     """
 
+    label = "validation"
+
     def __init__(self, every_n_steps: int = 250, tokens: int = 10485760) -> None:
         super().__init__(every_n_steps)
         self.tokens = tokens
