@@ -6,7 +6,7 @@ from typing import Any, TextIO
 import torch
 
 from gpt2_lightning.bench import RUNGS, cannot, climb, limits
-from gpt2_lightning.callbacks.metrics import peak_flops
+from gpt2_lightning.gpus import peak_flops
 from gpt2_lightning.model import GPT, GPTConfig
 
 HEAD = f"{'':28}{'ms':>9} {'quartiles':>17} {'tokens/s':>11} {'faster':>8} {'MFU':>6} {'memory':>9} {'A100, video':>12}"
