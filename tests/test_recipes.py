@@ -45,20 +45,6 @@ def test_its_model_has_the_size_that_it_names(recipe):
         assert GPT(GPTConfig(**shape)).num_parameters() == PARAMETERS[recipe.stem]
 
 
-@pytest.mark.parametrize(
-    ("n_layer", "n_head", "n_embd", "parameters"),
-    [
-        (12, 12, 768, 124_439_808),
-        (24, 16, 1024, 354_823_168),
-        (36, 20, 1280, 774_030_080),
-        (48, 25, 1600, 1_557_611_200),
-    ],
-)
-def test_openais_sizes(n_layer, n_head, n_embd, parameters):
-    with torch.device("meta"):
-        assert GPT(GPTConfig(1024, 50257, n_layer, n_head, n_embd)).num_parameters() == parameters
-
-
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: p.stem)
 def test_it_trains_with_its_own_optimizer_and_schedule(
     recipe, make_shards, read_scalars, tmp_path, capsys, monkeypatch
