@@ -37,6 +37,7 @@ from gpt2_lightning.job import (
     is_first_process,
     meet_other_nodes,
     quieten,
+    refuse_other_optimizer,
     refuse_other_seed,
     refuse_other_strategies,
     refuse_other_world,
@@ -125,6 +126,11 @@ class CLI(LightningCLI):
             if config.trainer.strategy == "fully_shard":  # evaluation alone needs no more than the weights
                 config.trainer.strategy = "auto"
             return
+        if str(config.trainer.precision) in ("bf16-true", "16-true"):
+            raise ValueError(
+                f"trainer.precision {config.trainer.precision} keeps the weights themselves in 16 bits, where small "
+                f"updates are lost: give {str(config.trainer.precision).replace('true', 'mixed')}"
+            )
         if config.trainer.min_steps or config.trainer.min_epochs:
             raise ValueError("trainer.min_steps and min_epochs would keep a run from stopping: leave them out")
         if config.trainer.max_steps < 1:
@@ -139,6 +145,7 @@ class CLI(LightningCLI):
             checkpoint = read_checkpoint(self.checkpoint)
             self.resumed_step = checkpoint["global_step"]
             refuse_other_seed(checkpoint, config.seed_everything)
+            refuse_other_optimizer(checkpoint, config.model.optimizer.class_path)
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         fit = self.subcommand == "fit"

@@ -222,6 +222,20 @@ def refuse_other_seed(checkpoint: dict[str, Any], seed: int | bool) -> None:
         raise ValueError(f"the run began with seed_everything={began}, not {seed}: give that one, or another run_dir")
 
 
+def refuse_other_optimizer(checkpoint: dict[str, Any], class_path: str) -> None:
+    """Compares the optimizer with that of the run, whose state another could not take over.
+
+    Raises:
+        ValueError: their classes have other names.
+    """
+    began, now = checkpoint.get("optimizer"), class_path.rpartition(".")[2]
+    if began is not None and began != now:
+        raise ValueError(
+            f"the run was trained with {began}, not {now}: give that one, or start from its weights with "
+            "--model.init_from in another run_dir"
+        )
+
+
 def requeue() -> None:
     """Puts this SLURM job, or its task of an array, back into the queue."""
     array = os.environ.get("SLURM_ARRAY_JOB_ID")

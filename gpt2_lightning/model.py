@@ -98,7 +98,7 @@ class GPT(nn.Module):
     """GPT-2. ``model(idx)`` gives logits; ``model.hidden(idx)`` stops before the head, for what needs no logits.
 
     Where ``activation_checkpointing`` is set, training keeps each block's input only and computes the rest of it again
-    in the backward pass: the same numbers for a third more compute and a fraction of the memory.
+    in the backward pass: the same numbers for up to a third more compute and a fraction of the memory.
     """
 
     def __init__(self, config: GPTConfig) -> None:

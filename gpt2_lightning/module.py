@@ -40,7 +40,7 @@ class GPTModule(LightningModule):
             becomes ``trainer.max_steps``.
         compile: torch.compile the training step: auto does so on CUDA.
         activation_checkpointing: compute each block again in the backward pass rather than keep it: the same losses, a
-            third slower, for models that do not fit otherwise.
+            quarter to a third slower, for models that do not fit otherwise.
         chunked_loss: never hold the whole logits (see ``loss.py``): auto does so on a CPU, where it is faster; on a
             small GPU it saves memory.
     """
@@ -182,8 +182,12 @@ class GPTModule(LightningModule):
                 "parameter groups, each with its own weight_decay, such as torch.optim.AdamW"
             ) from error
         optimizer.register_load_state_dict_pre_hook(_keep_typed_options)
-        self.typed_lrs = [group["lr"] for group in optimizer.param_groups]
-        scheduler: Any = self.lr_scheduler(optimizer)
+        try:
+            scheduler: Any = self.lr_scheduler(optimizer)
+        except TypeError as error:
+            raise ValueError(f"model.lr_scheduler cannot be set up ({error}): choose a class that can") from error
+        # a schedule may have a rate of its own in mind, as OneCycleLR does
+        self.typed_lrs = list(getattr(scheduler, "base_lrs", [group["lr"] for group in optimizer.param_groups]))
         if getattr(scheduler, "max_steps", 0) is None:
             scheduler.max_steps = self.trainer.max_steps
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

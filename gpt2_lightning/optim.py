@@ -82,6 +82,10 @@ class Muon(AdamW):
         momentum: float = 0.95,
         momentum_warmup_steps: int = 300,
     ) -> None:
+        if not 0 <= momentum < 1 or momentum_warmup_steps < 0:
+            raise ValueError(
+                f"momentum={momentum}, momentum_warmup_steps={momentum_warmup_steps}: give 0 to below 1, and at least 0"
+            )
         groups: list[Any] = list(params)
         if groups and isinstance(groups[0], tuple):
             groups = decay_groups(groups)

@@ -311,6 +311,8 @@ def devices_of(trainer: Any) -> int:
         devices = 1 if trainer.accelerator == "cpu" else max(1, torch.cuda.device_count())
     if not str(devices).isdecimal() or int(devices) < 1:
         raise ValueError(f"trainer.devices is {trainer.devices}: give their number, or auto")
+    if trainer.num_nodes < 1:
+        raise ValueError(f"trainer.num_nodes is {trainer.num_nodes}: give their number")
     return int(devices) * trainer.num_nodes
 
 
@@ -339,7 +341,7 @@ def step_of(recipe: Any, gpu: GPU | None, world_size: int) -> tuple[Step, list[s
         vars(model.optimizer.init_args),
         chunked_loss=cpu if model.chunked_loss == "auto" else model.chunked_loss,
         compiled=not cpu if model.compile == "auto" else model.compile,
-        activation_checkpointing=getattr(model, "activation_checkpointing", False),
+        activation_checkpointing=model.activation_checkpointing,
         cpu=cpu,
         # `gpt2 fit` keeps the gradients in the buckets where the strategy is plain ddp
         ddp=world_size > 1 and not sharded and strategy != "ddp" and not options.get("gradient_as_bucket_view"),

@@ -54,6 +54,8 @@ class Warmup(LRScheduler, ABC):
     def __init__(self, optimizer: Optimizer, warmup_steps: int, max_steps: int | None, min_lr: float) -> None:
         if warmup_steps < 0:
             raise ValueError(f"lr_scheduler.warmup_steps is {warmup_steps}: give 0 or more optimizer steps")
+        if not 0 <= min_lr <= max(group["lr"] for group in optimizer.param_groups):
+            raise ValueError(f"lr_scheduler.min_lr is {min_lr}: give 0 or more, and not more than the optimizer's lr")
         if max_steps is not None and max_steps < warmup_steps:
             raise ValueError(
                 f"lr_scheduler.max_steps={max_steps} ends before the warm-up of {warmup_steps} steps: "
@@ -119,12 +121,10 @@ class WarmupStableDecay(Warmup):
 
 
 class WarmupLinear(Warmup):
-    """Linear warm-up, then a line from the peak to ``min_lr``, which is 0. Arguments as ``Warmup``'s."""
+    """Linear warm-up, then a line from the peak to 0. Arguments as ``Warmup``'s."""
 
-    def __init__(
-        self, optimizer: Optimizer, warmup_steps: int = 715, max_steps: int | None = None, min_lr: float = 0.0
-    ) -> None:
-        super().__init__(optimizer, warmup_steps, max_steps, min_lr)
+    def __init__(self, optimizer: Optimizer, warmup_steps: int = 715, max_steps: int | None = None) -> None:
+        super().__init__(optimizer, warmup_steps, max_steps, min_lr=0.0)
 
     def rate(self, step: int, max_lr: float, max_steps: float) -> float:
         return warmup_stable_decay(step, max_lr, self.min_lr, self.warmup_steps, math.inf, max_steps)

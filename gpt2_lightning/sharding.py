@@ -41,6 +41,9 @@ class FullyShard(ModelParallelStrategy):
         options = StateDictOptions(full_state_dict=True)
         set_model_state_dict(self.model, checkpoint.pop("state_dict"), options=options)
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            if not state["state"]:  # plain SGD has none, and nothing is to be dealt out
+                optimizer.load_state_dict(state)
+                continue
             groups = state["param_groups"]
             names = {i: name for g in groups for i, name in zip(g["params"], g["param_names"], strict=True)}
             by_name: dict[str, Any] = {
@@ -70,7 +73,9 @@ def gathered(model: GPT) -> Iterator[None]:
     for part in parts:
         part.set_reshard_after_forward(False, recurse=False)
         part.unshard()
-    yield
-    for part in parts:
-        part.set_reshard_after_forward(part is not model, recurse=False)
-        part.reshard()
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.set_reshard_after_forward(part is not model, recurse=False)
+            part.reshard()

@@ -174,3 +174,19 @@ def test_a_prompt_that_the_model_cannot_take(refused, write_recipe, make_shards,
         make_shards(vocab_size=64), model={"config": shape}, samples={"every_n_steps": 1, "prompt": long}
     )
     refused(["fit", "--config", recipe], "samples.prompt", "block_size is 8")
+
+
+def test_an_optimizer_other_than_the_runs(refused, write_recipe, make_shards):
+    recipe = write_recipe(make_shards(), checkpoint={"every_n_steps": 3})
+    assert main(["fit", "--config", str(recipe)]) == 0
+    args = ["fit", "--config", recipe, "--model.optimizer", "gpt2_lightning.optim.Muon"]
+    refused(args, "trained with AdamW, not Muon", "--model.init_from")
+
+
+def test_settings_that_lead_nowhere(refused, write_recipe, make_shards):
+    args = ["fit", "--config", write_recipe(make_shards())]
+    refused([*args, "--trainer.precision", "bf16-true"], "give bf16-mixed")
+    refused([*args, "--model.lr_scheduler.min_lr", "1"], "lr_scheduler.min_lr is 1")
+    refused([*args, "--model.lr_scheduler", "gpt2_lightning.schedule.Warmup"], "lr_scheduler")
+    muon = ["--model.optimizer", "gpt2_lightning.optim.Muon", "--model.optimizer.momentum", "1.5"]
+    refused([*args, *muon], "momentum=1.5")

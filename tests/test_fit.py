@@ -236,6 +236,23 @@ def test_a_users_own_optimizer_and_schedule(make_shards, write_recipe, read_scal
     assert rates == pytest.approx([0.5, 0.5, 0.05, 0.05, 0.005, 0.005])
 
 
+def test_a_schedule_with_rates_of_its_own_keeps_them(make_shards, write_recipe, read_scalars, tmp_path):
+    settings = {"max_lr": 1e-3, "total_steps": 10}
+    one_cycle = {"class_path": "torch.optim.lr_scheduler.OneCycleLR", "init_args": settings}
+    root = make_shards()
+    for steps in (3, 6):  # begun, and gone on with
+        recipe = write_recipe(root, trainer={"max_steps": steps}, model={"lr_scheduler": one_cycle})
+        assert main(["fit", "--config", str(recipe)]) == 0
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=3e-3)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, **settings)
+    expected = []
+    for _ in range(6):
+        expected.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    np.testing.assert_allclose(list(read_scalars(tmp_path / "run")["train/lr"].values()), expected, rtol=1e-6)
+
+
 def test_without_gpt2s_vocabulary_hellaswag_and_samples_say_that_they_are_off(make_shards, write_recipe, capsys):
     recipe = write_recipe(make_shards(), hellaswag={"every_n_steps": 3}, samples={"every_n_steps": 3})
     assert main(["fit", "--config", str(recipe)]) == 0

@@ -177,6 +177,7 @@ class StepCheckpoint(EveryNSteps, Checkpoint):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         seed = os.environ.get("PL_GLOBAL_SEED")  # of seed_everything, which the weights were drawn with
+        checkpoint["optimizer"] = type(trainer.optimizers[0]).__name__
         checkpoint["seed_everything"] = None if seed is None else int(seed)
 
     def state_dict(self) -> dict[str, Any]:
