@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from gpt2_lightning import cli, load
 from gpt2_lightning.__main__ import main
@@ -234,6 +235,41 @@ def test_a_users_own_optimizer_and_schedule(make_shards, write_recipe, read_scal
     assert main(["fit", "--config", str(recipe)]) == 0
     rates = list(read_scalars(tmp_path / "run")["train/lr"].values())
     assert rates == pytest.approx([0.5, 0.5, 0.05, 0.05, 0.005, 0.005])
+
+
+def test_a_users_own_data_class(make_shards, write_recipe, read_scalars, tmp_path, monkeypatch):
+    Path("mine.py").write_text(
+        "from gpt2_lightning.data.datamodule import TokenDataModule\n\n\n"
+        "class Mine(TokenDataModule):\n"
+        "    def __init__(self, half: bool = False, **settings):\n"
+        "        super().__init__(**settings)\n"
+        "        self.micro_batch_size //= 2 if half else 1\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    root = make_shards()
+    plain = write_recipe(root)
+    settings = yaml.safe_load(plain.read_text())["data"]
+    mine = write_recipe(root, name="mine", run_dir=str(tmp_path / "mine"))
+    recipe = yaml.safe_load(mine.read_text())
+    recipe["data"] = {"class_path": "mine.Mine", "init_args": settings | {"half": True}}
+    mine.write_text(yaml.safe_dump(recipe))
+    for path in (plain, mine, tmp_path / "mine" / "config.yaml"):  # the last is what the run before it has left
+        assert main(["fit", "--config", str(path)]) == 0
+    curves = [read_scalars(tmp_path / run)["train/loss"] for run in ("run", "mine")]
+    np.testing.assert_allclose(list(curves[1].values()), list(curves[0].values()), rtol=1e-5)
+    checkpoint = torch.load(tmp_path / "mine" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert checkpoint["Mine"]["micro_batch_size"] == 2
+
+
+def test_activation_checkpointing_gives_the_same_losses(make_shards, write_recipe, read_scalars, tmp_path):
+    root, curves = make_shards(), []
+    for checkpointing in (False, True):
+        run_dir = tmp_path / f"run-{checkpointing}"
+        recipe = write_recipe(root, model={"activation_checkpointing": checkpointing}, run_dir=str(run_dir))
+        assert main(["fit", "--config", str(recipe)]) == 0
+        curves.append(read_scalars(run_dir))
+    for tag in ("train/loss", "train/grad_norm", "val/loss"):
+        assert curves[1][tag] == curves[0][tag]
 
 
 def test_a_schedule_with_rates_of_its_own_keeps_them(make_shards, write_recipe, read_scalars, tmp_path):
