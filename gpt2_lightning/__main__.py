@@ -357,7 +357,7 @@ def _bench(args: list[str]) -> None:
     if given.device and given.device not in _devices():
         parser.error(f"no device {given.device} here: choose from {', '.join(_devices())}")
     known = [rung.name for rung in RUNGS]
-    names = given.rungs.split(",") if given.rungs else known
+    names = known if given.rungs is None else given.rungs.split(",")
     if unknown := [name for name in names if name not in known]:
         parser.error(f"no rung {', '.join(unknown)}: choose from {','.join(known)}")
     device = torch.device(given.device or _device())

@@ -47,6 +47,8 @@ def find_gpu(name: str) -> GPU:
     """
     typed = name.lower()
     if size := re.fullmatch(r"(\d+(?:\.\d+)?) ?gi?b", typed):
+        if float(size[1]) == 0:
+            raise ValueError(f"a GPU of {name} holds nothing: give its memory, such as 24GB")
         return GPU(name, "", float(size[1]), None)
     found = next((gpu for gpu in GPUS if gpu.name == SHORT_NAMES.get(typed, typed)), None)
     if found is None:

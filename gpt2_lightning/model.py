@@ -149,8 +149,8 @@ class GPT(nn.Module):
             positions = torch.arange(T, device=idx.device)  # (T,)
         x = self.transformer["wte"](idx) + self.transformer["wpe"](positions)  # (B, T, n_embd)
         for i, block in enumerate(self.transformer["h"]):  # type: ignore[var-annotated, arg-type]
-            if self.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, use_reentrant=False)
+            if self.activation_checkpointing and torch.is_grad_enabled() and cache is None:
+                x = checkpoint(block, x, mask, use_reentrant=False)
             else:
                 x = block(x, mask, None if cache is None else cache[i])
         return self.transformer["ln_f"](x)

@@ -15,6 +15,7 @@ import torch
 from gpt2_lightning.data.datamodule import AUTO_ON_CPU, accumulation, micro_batches
 from gpt2_lightning.data.shards import find_shards, list_shards, open_shard, read_manifest
 from gpt2_lightning.gpus import GPU
+from gpt2_lightning.job import refuse_other_strategies
 from gpt2_lightning.loss import ROWS
 from gpt2_lightning.model import GPT, GPTConfig
 from gpt2_lightning.module import CHUNK_LOGITS
@@ -215,7 +216,7 @@ def plan(
     Raises:
         ValueError: a recipe that ``gpt2 fit`` would refuse too, or whose memory is not known.
     """
-    data, trainer = recipe.data, recipe.trainer
+    data, trainer = recipe.data.get("init_args", recipe.data), recipe.trainer
     if "total_batch_tokens" not in data:
         raise ValueError(
             "data is a class of your own, whose steps are not known: plan the recipe with the data settings"
@@ -223,7 +224,10 @@ def plan(
     if trainer.max_steps < 1:
         raise ValueError("trainer.max_steps is not set: give the number of optimizer steps of the whole run")
     config = shape_of(recipe.model)
-    world_size = gpus or devices_of(trainer)
+    if isinstance(trainer.strategy, str):
+        refuse_other_strategies(trainer.strategy)
+    devices = devices_of(trainer)
+    world_size = gpus or devices
     step, notes = step_of(recipe, gpu, world_size)
     schedule = data.batch_size_schedule and BatchSizeSchedule(**vars(data.batch_size_schedule))
     stages = batch_size_stages(data.total_batch_tokens, schedule)
@@ -332,6 +336,8 @@ def step_of(recipe: Any, gpu: GPU | None, world_size: int) -> tuple[Step, list[s
     notes = []
     if optimizer not in OPTIMIZERS:
         notes.append(f"the state of {optimizer} is not known: it is taken as AdamW's")
+    if activation_bytes > 2 and gpu and gpu.peak_flops:
+        notes.append("the peak is that of bf16: with TF32 the matmuls of fp32 reach half of it at most")
     if sharded and world_size > 1:
         notes.append(f"{strategy} is taken to share weights, gradients and optimizer among all devices")
     step = Step(

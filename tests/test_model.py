@@ -89,3 +89,12 @@ def test_impossible_shapes_are_refused(shape, sentence):
 def test_a_sequence_longer_than_the_context_is_refused(model):
     with pytest.raises(ValueError, match="a sequence of 25 tokens does not fit block_size=24"):
         model(torch.zeros(1, 25, dtype=torch.long))
+
+
+def test_a_mask_counts_with_activation_checkpointing_too(model):
+    idx = torch.randint(0, model.config.vocab_size, (1, model.config.block_size))
+    diagonal = torch.eye(model.config.block_size, dtype=torch.bool)  # each token sees itself alone
+    plain, causal = model.hidden(idx, mask=diagonal), model.hidden(idx)
+    model.activation_checkpointing = True
+    assert torch.equal(model.hidden(idx, mask=diagonal), plain)
+    assert not torch.allclose(plain, causal)

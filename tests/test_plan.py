@@ -392,3 +392,17 @@ def test_bad_input_is_one_sentence(refused, write_recipe, make_shards):
     refused([*args, "--model.init_from", "absent.ckpt", "--model.config", "null"], "absent.ckpt", "give a path")
     auto = [*args, "--trainer.accelerator", "gpu", "--data.micro_batch_size", "auto"]
     refused(auto, "micro_batch_size is auto", "give --gpu")
+
+
+def test_what_fit_would_refuse_is_not_planned(refused):
+    args = ["plan", "--config", RECIPES / "gpt2_124m.yaml", "--gpu", "h100"]
+    refused([*args, "--trainer.strategy", "fsdp"], "give fully_shard")
+    refused([*args, "--trainer.num_nodes", "0"], "trainer.num_nodes is 0")
+    refused([*args, "--trainer.num_nodes", "-1", "--gpus", "8"], "trainer.num_nodes is -1")
+    refused([*args[:-1], "0GB"], "holds nothing", code=2)
+
+
+def test_fp32_is_told_that_the_peak_is_bf16s(plan):
+    found = plan("--config", RECIPES / "gpt2_124m.yaml", "--gpu", "h100", "--trainer.precision", "32-true")
+    assert any("with TF32" in note for note in found["notes"])
+    assert not plan("--config", RECIPES / "gpt2_124m.yaml", "--gpu", "h100")["notes"]
