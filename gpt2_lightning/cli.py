@@ -15,6 +15,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from gpt2_lightning.callbacks.checkpoint import AtomicCheckpointIO, StepCheckpoint, read_checkpoint
 from gpt2_lightning.callbacks.dashboard import Dashboard
@@ -164,7 +165,12 @@ class CLI(LightningCLI):
             config["strategy"] = DDPStrategy(gradient_as_bucket_view=True)
         try:
             trainer = super()._instantiate_trainer(config, callbacks)
-        except (RuntimeError, ValueError) as error:
+        except (MisconfigurationException, RuntimeError, ValueError) as error:
+            if "gpu backend" in str(error):
+                raise ValueError(
+                    "trainer.accelerator is gpu, and torch finds none here: install its build for your GPU, or give "
+                    "--trainer.accelerator cpu --trainer.devices 1, which configs/quickstart.yaml is made for"
+                ) from error
             raise ValueError(f"the trainer cannot be set up so: {error}") from error
         refuse_other_world(trainer)
         meet_other_nodes(trainer)

@@ -190,3 +190,9 @@ def test_settings_that_lead_nowhere(refused, write_recipe, make_shards):
     refused([*args, "--model.lr_scheduler", "gpt2_lightning.schedule.Warmup"], "lr_scheduler")
     muon = ["--model.optimizer", "gpt2_lightning.optim.Muon", "--model.optimizer.momentum", "1.5"]
     refused([*args, *muon], "momentum=1.5")
+
+
+@pytest.mark.skipif(torch.cuda.is_available() or torch.backends.mps.is_available(), reason="there is a GPU here")
+def test_a_gpu_that_is_not_there(refused, write_recipe, make_shards):
+    args = ["fit", "--config", write_recipe(make_shards()), "--trainer.accelerator", "gpu"]
+    refused(args, "torch finds none here", "--trainer.accelerator cpu --trainer.devices 1")
