@@ -38,10 +38,10 @@ from gpt2_lightning.callbacks.validation import ValidationLoss
 from gpt2_lightning.compile_cache import keep_compiled_code
 from gpt2_lightning.data.datamodule import TokenDataModule
 from gpt2_lightning.data.shards import write_shard
-from gpt2_lightning.job import TRAINER_DEFAULTS, callbacks_of_a_run, quieten
+from gpt2_lightning.job import TRAINER_DEFAULTS, callbacks_of_a_run, keep_freed_memory, quieten
 from gpt2_lightning.loss import LinearCrossEntropy
 from gpt2_lightning.model import GPT, GPTConfig
-from gpt2_lightning.module import CHUNK_LOGITS, GPTModule
+from gpt2_lightning.module import CHUNK_LOGITS, GPTModule, attends_by_matmuls
 from gpt2_lightning.optim import AdamW, decay_groups
 from gpt2_lightning.tokenizer import VOCAB_SIZE
 
@@ -60,6 +60,7 @@ class Setup:
     fused: bool = False
     larger: bool = False
     chunked: bool = False
+    memory: bool = False
     cudnn: bool = False
     autotune: bool = False
 
@@ -86,6 +87,8 @@ RUNGS = (
     Rung("larger", "4 × the micro-batch", {"larger": True}),  # of 16: the recipe's 64
     # its loop over chunks is nothing that a compiler could fuse: on a CPU it is faster alone than the two together
     Rung("chunked", "loss in chunks, eager", {"chunked": True, "compile": False}),
+    Rung("matmuls", "attention as matmuls again", {"flash": False}),
+    Rung("memory", "freed memory kept", {"memory": True}),
     Rung("cudnn", "cuDNN attention (trial)", {"cudnn": True}, on_trial=True),
     Rung("autotune", "autotuned compile (trial)", {"autotune": True}, on_trial=True),
     Rung("trainer", "the same in the Trainer", {}),
@@ -103,13 +106,13 @@ class Timing:
     peak_memory: int | None
 
 
-def cannot(rung: Rung, device: torch.device) -> str | None:
+def cannot(rung: Rung, device: torch.device, block_size: int) -> str | None:
     """Why a device has no such rung, or None."""
     cuda, cpu = device.type == "cuda", device.type == "cpu"
     match rung.name:
         case "tf32" if not (cuda and torch.cuda.get_device_capability(device) >= (8, 0)):
             return "no TF32 on this device"
-        case "bf16" if not (_has_bf16() if cuda else cpu and _has_amx()):
+        case "bf16" if not (_has_bf16() if cuda else cpu and _has_bf16_products()):
             return "no fast bf16 on this device"
         case "compile" | "autotune" if device.type == "mps" or sys.platform == "win32":
             return "not worth using here"
@@ -119,6 +122,10 @@ def cannot(rung: Rung, device: torch.device) -> str | None:
             return "no faster here"
         case "chunked" if not cpu:
             return "saves memory, not time, on a GPU: model.chunked_loss"
+        case "matmuls" if not attends_by_matmuls(device.type, _has_bf16_products(), block_size):
+            return "fused attention is faster here"
+        case "memory" if not (cpu and sys.platform == "linux"):
+            return "of no use here"
         case "cudnn" if not (cuda and _has_bf16() and _has_cudnn_attention(device)):
             return "no cuDNN attention on this device"
         case "autotune" if cpu:
@@ -126,8 +133,9 @@ def cannot(rung: Rung, device: torch.device) -> str | None:
     return None
 
 
-def _has_amx() -> bool:
-    return torch.cpu._is_amx_tile_supported()  # without AMX the casts cost more than the products gain
+def _has_bf16_products() -> bool:
+    """Of a CPU; one without such instructions would lose more in casts than it gains."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def _has_bf16() -> bool:
@@ -150,7 +158,7 @@ def climb(
     """Times the rungs of these names in order; for one that the device cannot do, the reason."""
     kept = Setup()
     for rung in RUNGS:
-        reason = cannot(rung, device)
+        reason = cannot(rung, device, config.block_size)
         setup = replace(kept, **rung.change) if reason is None else kept
         if not rung.on_trial:
             kept = setup
@@ -164,6 +172,8 @@ def _time(rung: Rung, setup: Setup, config: GPTConfig, micro_batch_size: int, de
     torch.set_float32_matmul_precision("high" if setup.tf32 else "highest")
     if setup.compile:
         keep_compiled_code()
+    if setup.memory:
+        keep_freed_memory()
     size = 4 * micro_batch_size if setup.larger else micro_batch_size
     run = _in_the_trainer if rung.name == "trainer" else _by_hand
     while size >= 1:

@@ -57,7 +57,7 @@ def measure(
             }
         print(_line(entry, micro_batch_size), file=table, flush=True)
         rungs.append(entry)
-    found = limits(device, bf16=cannot(RUNGS[2], device) is None)
+    found = limits(device, bf16=cannot(RUNGS[2], device, config.block_size) is None)
     fastest = max((rung["tokens_per_sec"] for rung in rungs if "ms" in rung), default=0.0)
     share = fastest * flops / found["matmul_flops"]
     print(

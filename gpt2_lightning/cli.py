@@ -36,6 +36,7 @@ from gpt2_lightning.job import (
     claim,
     end_with_launcher,
     is_first_process,
+    keep_freed_memory,
     meet_other_nodes,
     quieten,
     refuse_other_optimizer,
@@ -251,6 +252,7 @@ def run(args: list[str], cli: type[CLI] = CLI) -> CLI:
         raise SystemExit(2)
     end_with_launcher()
     quieten()
+    keep_freed_memory()
     if torch.cuda.is_available():
         torch.set_float32_matmul_precision("high")  # TF32, as in the video; bf16-mixed does not care
     return cli(

@@ -41,6 +41,8 @@ class LinearCrossEntropy:
             self.logits = torch.empty(size, dtype=dtype, device=hidden.device)
             rows = min(ROWS, size[0]) if device_type == "cpu" else size[0]
             self.rows = torch.empty(rows, size[1], device=hidden.device)
+        if not torch.is_grad_enabled():  # to the function below a parameter wants its gradient even then
+            hidden, weight = hidden.detach(), weight.detach()
         return _ChunkedLinearCrossEntropy.apply(hidden, weight, targets, self.logits, self.rows)
 
 

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.memory import garbage_collection_cuda
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torchmetrics import MeanMetric
 
 from gpt2_lightning.compile_cache import keep_compiled_code
@@ -26,6 +27,15 @@ from gpt2_lightning.weights import load
 
 CHUNK_LOGITS = 512 * 50304
 """Logits held at once by the chunked loss: 103 MB in fp32. Smaller chunks make slower matmuls on a CPU."""
+
+
+def attends_by_matmuls(device_type: str, bf16: bool, block_size: int) -> bool:
+    """Whether attention is faster as matmuls and a softmax than fused: on a CPU, for bf16 and short contexts.
+
+    There the fused kernel takes 3.0 ms, forward and backward, where matmuls, which PyTorch makes in fp32, take 1.6
+    (B=4, T=128, 4 heads of 16, two cores of an AMD EPYC); from T=256 on it is as fast or faster.
+    """
+    return device_type == "cpu" and bf16 and block_size <= 128
 
 
 class GPTModule(LightningModule):
@@ -96,6 +106,10 @@ class GPTModule(LightningModule):
         self.next_token_loss: Callable[[Tensor], Tensor] = (
             torch.compile(self._next_token_loss, dynamic=False) if compiled else self._next_token_loss
         )
+        bf16, T = self.trainer.precision == "bf16-mixed", self.model.config.block_size
+        # computed again in the backward pass, attention would be outside this context
+        if attends_by_matmuls(device_type, bf16, T) and not self.model.activation_checkpointing:
+            self.next_token_loss = sdpa_kernel(SDPBackend.MATH)(self.next_token_loss)
 
     def configure_model(self) -> None:
         if self.device_mesh is not None and not isinstance(self.model, FSDPModule):  # trainer.strategy is fully_shard

@@ -30,10 +30,12 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gpt2_lightning.__main__ import main
 from gpt2_lightning.loss import LinearCrossEntropy
 from gpt2_lightning.model import GPT
+from gpt2_lightning.module import attends_by_matmuls
 from gpt2_lightning.optim import AdamW, decay_groups
 from gpt2_lightning.schedule import WarmupCosine
 
@@ -78,12 +80,16 @@ def plain_loss(model: GPT, ids: Tensor) -> tuple[Tensor, Tensor]:
 def loops_beside(trainer: Trainer, module: Any) -> dict[str, Loop]:
     criterion = LinearCrossEntropy(module.loss.chunk_tokens)
 
+    bf16 = trainer.precision == "bf16-mixed"
+    by_matmuls = attends_by_matmuls(trainer.strategy.root_device.type, bf16, module.model.config.block_size)
+
     def our_loss(model: GPT, ids: Tensor) -> tuple[None, Tensor]:
         hidden = model.hidden(ids[:, :-1]).flatten(0, 1)
         return None, criterion(hidden, model.lm_head.weight, ids[:, 1:].flatten())
 
-    compiled = not hasattr(module.next_token_loss, "__func__")  # a compiled handle, not the method
-    bf16 = trainer.precision == "bf16-mixed"
+    if by_matmuls:
+        our_loss = sdpa_kernel(SDPBackend.MATH)(our_loss)
+    compiled = hasattr(module.next_token_loss, "_torchdynamo_orig_callable")
 
     def loop(loss_of: LossOf, ours: bool, bf16: bool) -> Loop:
         model = copy.deepcopy(module.model)

@@ -99,7 +99,7 @@ def options(trainer: Trainer, module: Any, loaders: Loaders) -> dict[str, Callab
     """By name: what switches an option on, and returns what switches it off again."""
     device_type = trainer.strategy.root_device.type
     usual: Handle = module.next_token_loss
-    compiled = not hasattr(usual, "__func__")
+    compiled = hasattr(usual, "_torchdynamo_orig_callable")
 
     def handle(make: Callable[[], Handle]) -> Callable[[], Callable[[], None]]:
         """Another way to compute the loss, made once, when it is first switched on."""

@@ -59,7 +59,7 @@ def test_rungs_add_up_whatever_is_timed(monkeypatch):
         return [1.0] * 4
 
     monkeypatch.setattr(bench, "_by_hand", record)
-    monkeypatch.setattr(bench, "cannot", lambda rung, device: "not here" if rung.name in ("tf32", "compile") else None)
+    monkeypatch.setattr(bench, "cannot", lambda rung, *_: "not here" if rung.name in ("tf32", "compile") else None)
     climbed = list(bench.climb(SHAPE, 2, torch.device("cpu"), ["fp32", "compile", "flash", "fused"]))
     assert [timing for _, timing in climbed if isinstance(timing, str)] == ["not here"]
     assert list(seen.values()) == [
@@ -78,7 +78,7 @@ def test_a_rung_on_trial_is_left_out_of_those_above(monkeypatch):
 
     monkeypatch.setattr(bench, "_by_hand", record)
     monkeypatch.setattr(bench, "_in_the_trainer", record)
-    monkeypatch.setattr(bench, "cannot", lambda rung, device: None)
+    monkeypatch.setattr(bench, "cannot", lambda rung, *_: None)
     list(bench.climb(SHAPE, 2, torch.device("cpu"), ["fused", "larger", "cudnn", "autotune", "trainer"]))
     assert seen == [
         (False, False, False, 2),

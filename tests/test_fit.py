@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from torch.nn import functional as F
 
 from gpt2_lightning import cli, load
 from gpt2_lightning.__main__ import main
@@ -357,3 +358,29 @@ def test_the_two_styles_of_hellaswag_have_a_tag_each(
     assert list(logged[f"{tag}/acc_norm"]) == [0, 1]
     assert set(logged[f"{tag}/acc"].values()) <= {0, 0.25, 0.5, 0.75, 1}
     assert f"{tag}/acc_norm" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("precision", "block_size", "checkpointing", "fused"),
+    [("32-true", 16, False, True), ("bf16-mixed", 16, False, False), ("bf16-mixed", 256, False, True),
+     ("bf16-mixed", 16, True, True)],
+)  # fmt: skip
+def test_a_cpu_attends_by_matmuls_in_bf16_and_short_contexts(
+    precision, block_size, checkpointing, fused, make_shards, write_recipe, monkeypatch
+):
+    recipe = write_recipe(
+        make_shards(),
+        trainer={"precision": precision, "max_steps": 1},
+        model={"config": {"block_size": block_size, "vocab_size": 64, "n_layer": 1, "n_head": 2, "n_embd": 16},
+               "activation_checkpointing": checkpointing},
+        data={"total_batch_tokens": block_size, "micro_batch_size": 1},
+    )  # fmt: skip
+    attention, seen = F.scaled_dot_product_attention, set()
+
+    def watched(*args, **kwargs):
+        seen.add(torch.backends.cuda.flash_sdp_enabled())
+        return attention(*args, **kwargs)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
+    assert main(["fit", "--config", str(recipe)]) == 0
+    assert seen == {fused}

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpt2_lightning.loss import LinearCrossEntropy
 
@@ -48,11 +49,21 @@ def test_gradient_is_scaled_by_what_comes_from_above():
         torch.testing.assert_close(b, a / 4)
 
 
-def test_without_gradients_the_loss_is_the_same():
+def test_without_gradients_the_loss_is_the_same_and_only_the_logits_are_multiplied_out():
     hidden, weight, targets = _inputs()
+    products: list[str] = []
+
+    class Listed(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            products.extend([str(func)] * ("mm" in str(func)))
+            return func(*args, **(kwargs or {}))
+
     with torch.no_grad():
         plain = F.cross_entropy(F.linear(hidden, weight), targets)
-        torch.testing.assert_close(LinearCrossEntropy(8)(hidden, weight, targets), plain)
+        with Listed():
+            loss = LinearCrossEntropy(len(hidden))(hidden, weight, targets)
+    torch.testing.assert_close(loss, plain)
+    assert products == ["aten.mm.out"]
 
 
 def test_the_buffers_follow_the_size_and_type_of_the_call():

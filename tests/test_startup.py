@@ -137,3 +137,27 @@ def test_a_compiled_run_leaves_its_code_in_the_users_cache(make_shards, write_re
     environment = {name: value for name, value in os.environ.items() if name != "TORCHINDUCTOR_CACHE_DIR"}
     subprocess.run(command, check=True, timeout=300, env=environment | {"XDG_CACHE_HOME": str(tmp_path / "cache")})
     assert any((tmp_path / "cache" / "gpt2_lightning" / "inductor").rglob("*.so"))
+
+
+FAULTS = """
+import resource, torch
+from gpt2_lightning.job import keep_freed_memory
+keep_freed_memory()
+for turn in range(3):
+    block = torch.ones(6 * 2**20)  # 24 MB, as a gradient that each step allocates and frees
+    del block
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    if turn:
+        print(faults - before)
+    before = faults
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's own")
+@pytest.mark.parametrize(("environment", "kept"), [({}, True), ({"MALLOC_TRIM_THRESHOLD_": "0"}, False)])
+def test_a_run_keeps_what_it_frees_unless_the_user_has_set_the_allocator(environment, kept):
+    done = subprocess.run(
+        [sys.executable, "-c", FAULTS], env=os.environ | environment, capture_output=True, text=True, check=True
+    )
+    for faults in map(int, done.stdout.split()):
+        assert (faults < 100) == kept  # fresh, its 24 MB are 6,144 pages
