@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from gpt2_lightning import __version__
+
 COMMANDS = {
     "fit": "train, from a recipe: --config configs/quickstart.yaml [--trainer.… --model.… --data.…]",
     "validate": "validation loss and HellaSwag of a checkpoint: --config … --ckpt_path …",
@@ -44,6 +46,9 @@ def main(args: Sequence[str] | None = None) -> int:
         for name, what in COMMANDS.items():
             print(f"  {name:<10} {what}")
         return 0 if command else 2
+    if command == "--version":
+        print(f"gpt2_lightning {__version__}")
+        return 0
     if command not in COMMANDS:
         print("usage: gpt2 COMMAND [options]", file=sys.stderr)
         print(f"gpt2: error: no command {command!r}: choose from {', '.join(COMMANDS)}", file=sys.stderr)

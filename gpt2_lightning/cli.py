@@ -121,7 +121,8 @@ class CLI(LightningCLI):
             if config.ckpt_path is None and config.model.init_from is None:
                 if not last.exists():
                     raise ValueError("nothing to validate: give --ckpt_path FILE, or --model.init_from gpt2")
-                print(f"validating {last}")
+                if is_first_process():
+                    print(f"validating {last}")
                 config.ckpt_path = str(last)
             if config.ckpt_path is not None:  # one door to weights: whatever `load` opens
                 config.model.init_from, config.ckpt_path = config.ckpt_path, None
@@ -140,9 +141,9 @@ class CLI(LightningCLI):
         self.claim = claim(self.run_dir) if is_first_process() else nullcontext()
         self.resumed_step = 0
         # beside the config, whose saved copy is a recipe for other runs too
-        self.checkpoint: Path | None = config.ckpt_path and Path(config.ckpt_path)
-        if self.checkpoint is None or config.resume == "never":
-            self.checkpoint = checkpoint_to_resume(self.run_dir, config.resume)
+        typed = config.ckpt_path and Path(config.ckpt_path)
+        self.checkpoint = checkpoint_to_resume(self.run_dir, config.resume, typed)
+        self.begun_from = typed if typed != self.checkpoint else None
         if self.checkpoint is not None:
             checkpoint = read_checkpoint(self.checkpoint)
             self.resumed_step = checkpoint["global_step"]
@@ -154,7 +155,7 @@ class CLI(LightningCLI):
         if config["logger"] in (None, True):
             config["logger"] = self._loggers() if fit else False
         config["default_root_dir"] = str(self.run_dir)
-        config["plugins"] = [*(config["plugins"] or []), AtomicCheckpointIO()]
+        config["plugins"] = [*_listed(config["plugins"]), AtomicCheckpointIO()]
         if config["enable_checkpointing"] is False:
             callbacks = [callback for callback in callbacks if not isinstance(callback, StepCheckpoint)]
         if config["enable_progress_bar"] is not False:
@@ -193,7 +194,8 @@ class CLI(LightningCLI):
             shape = ", ".join(f"{name}={value}" for name, value in model.hparams["config"].items())
             print(f"model: {model.model.num_parameters():,} parameters ({shape})")
             if self.checkpoint is not None:
-                print(f"resuming from {self.checkpoint} at step {self.resumed_step}")
+                begun = f"; --ckpt_path {self.begun_from} is what the run began with" if self.begun_from else ""
+                print(f"resuming from {self.checkpoint} at step {self.resumed_step}{begun}")
         with self.claim:
             self.trainer.fit(model, **kwargs | {"ckpt_path": self.checkpoint})
         last = self.run_dir / "checkpoints" / "last.ckpt"
@@ -220,9 +222,16 @@ class CLI(LightningCLI):
 
     def validate(self, model: GPTModule, **kwargs: Any) -> None:
         self.trainer.validate(model, **kwargs | {"verbose": False})
+        if not self.trainer.is_global_zero:
+            return
         for name, value in self.config.validate.expected.items():
             found = self.trainer.callback_metrics.get(name)
             print(f"{name}: expected {value}, found {'nothing' if found is None else f'{float(found):.4f}'}")
+
+
+def _listed(value: Any) -> list[Any]:
+    """What Lightning takes alone or in a list, in a list."""
+    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def names_data_class(args: list[str]) -> bool:

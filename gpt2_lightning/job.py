@@ -211,8 +211,11 @@ def claim(run_dir: Path) -> IO[bytes]:
     return file
 
 
-def checkpoint_to_resume(run_dir: Path, resume: Resume) -> Path | None:
+def checkpoint_to_resume(run_dir: Path, resume: Resume, typed: Path | None = None) -> Path | None:
     """The checkpoint that a run in this folder goes on from, None where it begins.
+
+    ``typed`` is the user's own choice: one of this folder's, to go back to, or another run's to begin with, which the
+    same command does not do again once this folder has one.
 
     Raises:
         ValueError: ``resume`` is must and there is none, or never and there is one.
@@ -222,6 +225,8 @@ def checkpoint_to_resume(run_dir: Path, resume: Resume) -> Path | None:
     found = last if last.exists() else next(reversed(saved_steps(folder)), None)
     if resume == "never" and found is not None:
         raise ValueError(f"{found} exists and resume is never: choose another run_dir, or --resume auto to go on")
+    if typed is not None and (found is None or typed.resolve().parent == folder.resolve()):
+        return typed
     if resume == "must" and found is None:
         raise ValueError(f"{last} does not exist and resume is must: check run_dir, or --resume auto to start")
     return found

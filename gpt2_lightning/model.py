@@ -66,7 +66,7 @@ class CausalSelfAttention(nn.Module):
         # a single new token may see all of the cache; several at once need the caller's mask
         assert mask is not None or T in (1, k.size(2))
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1)
-        y = y.transpose(1, 2).contiguous().view(B, T, C)  # heads side by side
+        y = y.transpose(1, 2).contiguous().view(B, T, C)  # (B, T, C), heads side by side
         return self.c_proj(y)
 
 

@@ -204,6 +204,11 @@ class GPTModule(LightningModule):
         self.typed_lrs = list(getattr(scheduler, "base_lrs", [group["lr"] for group in optimizer.param_groups]))
         if getattr(scheduler, "max_steps", 0) is None:
             scheduler.max_steps = self.trainer.max_steps
+            if getattr(scheduler, "warmup_steps", 0) >= scheduler.max_steps:  # no mistake in a trial of a few steps
+                self.print(
+                    f"the warm-up of {scheduler.warmup_steps} steps is not over when this run of "
+                    f"{scheduler.max_steps} ends"
+                )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_train_start(self) -> None:

@@ -1,5 +1,6 @@
 """Bad input: one clear sentence with the mend in it, an exit code that is not 0, no traceback, nothing lost."""
 
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,11 @@ def test_usage_errors_are_one_line_of_usage_and_one_sentence(refused, write_reci
     refused(["generate"], "PATH", code=2)
     refused(["prepare", "--source", "stdlib"], "--out", code=2)
     refused(["export", "a", "b", "--format", "gguf"], "gguf", "hf", "llmc", code=2)
+
+
+def test_the_version_is_told_without_imports(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"gpt2_lightning {version('gpt2_lightning')}\n"
 
 
 def test_an_unknown_key_in_the_recipe_is_named(refused, write_recipe, make_shards):

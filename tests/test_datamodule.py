@@ -69,6 +69,14 @@ def test_windows_run_across_the_borders_of_shards_and_nothing_is_dropped(tmp_pat
         assert data[sample].tolist() == list(range(sample * T, sample * T + T + 1))
 
 
+def test_each_rank_has_a_validation_batch_or_the_run_is_refused(make_shards):
+    root = make_shards(val=2 * T + 1)  # two windows, which would be one batch
+    for rank in range(2):
+        assert len(_data(root, rank, 2, stage="validate", micro_batch_size=4).val_dataloader()) == 1
+    with pytest.raises(ValueError, match=r"2 windows of 8 tokens on 3 devices: raise validation\.tokens to 24 or more"):
+        _data(root, 0, 3, stage="validate", micro_batch_size=4)
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_validation_reads_the_same_windows_on_any_number_of_ranks(make_shards, world_size):
     root = make_shards(val=200)

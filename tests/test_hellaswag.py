@@ -193,6 +193,25 @@ def test_a_row_that_rounding_would_decide_is_scored_alone() -> None:
     assert score_rows(model, EXAMPLES) == alone
 
 
+class _ByCompany(GPT):
+    """Rounds by all that is in its batch, as kernels may."""
+
+    def hidden(self, idx: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        x = super().hidden(idx, *args, **kwargs)
+        return x + 1e-4 * torch.randn(x.shape, generator=torch.Generator().manual_seed(int(idx.sum())))
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_a_row_scored_alone_has_no_company_on_any_number_of_ranks(world_size: int) -> None:
+    model = _ByCompany(make_model().config)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1e-3)
+    whole = score_rows(model, EXAMPLES)
+    assert all(row.close for row in whole)
+    dealt = [score_rows(model, EXAMPLES, rank=rank, world_size=world_size) for rank in range(world_size)]
+    assert sorted((row for rows in dealt for row in rows), key=lambda row: row.index) == whole
+
+
 def test_the_first_of_equal_endings_wins(model: GPT) -> None:
     endings = ("is not here.", "went away.", "went away.", "is not here.")
     examples = Examples(tuple(Example("It " + "really " * n, endings, 0) for n in range(9)), "")

@@ -117,6 +117,49 @@ def test_best_is_the_checkpoint_with_the_lowest_validation_loss(make_shards, wri
     assert best == pytest.approx(losses[lowest])
 
 
+def test_only_the_newest_checkpoints_are_kept_where_that_is_asked(make_shards, write_recipe, tmp_path, capsys):
+    args = ["fit", "--config", str(write_recipe(make_shards(), checkpoint={"every_n_steps": 2, "keep": 2}))]
+    folder = tmp_path / "run" / "checkpoints"
+
+    def steps() -> list[str]:
+        return sorted(path.name for path in folder.glob("step_*"))
+
+    assert main([*args, "--trainer.max_steps", "8"]) == 0
+    assert steps() == ["step_000006.ckpt", "step_000008.ckpt"]
+    assert (folder / "last.ckpt").samefile(folder / "step_000008.ckpt")
+    assert (folder / "best.ckpt").exists()
+    # back to an earlier one: what lies after it is not taken for newer
+    earlier = ["--ckpt_path", str(folder / "step_000006.ckpt"), "--trainer.max_steps", "7"]
+    assert main([*args, *earlier]) == 0
+    assert steps() == ["step_000006.ckpt", "step_000007.ckpt", "step_000008.ckpt"]
+    assert (folder / "last.ckpt").samefile(folder / "step_000007.ckpt")
+    capsys.readouterr()
+    assert main([*args, "--checkpoint.keep", "1"]) == 1
+    assert "checkpoint.keep is 1: give 0 for all, or at least 2" in capsys.readouterr().err
+
+
+def test_another_runs_checkpoint_begins_a_run_once(make_shards, write_recipe, tmp_path, capsys):
+    args = ["fit", "--config", str(write_recipe(make_shards()))]
+    assert main([*args, "--trainer.max_steps", "3"]) == 0
+    first = tmp_path / "run" / "checkpoints" / "step_000003.ckpt"
+    for resume in ("never", "auto"):  # never: the new folder is to have none of its own
+        begun = [*args, "--ckpt_path", str(first), "--run_dir", resume, "--trainer.max_steps", "6"]
+        capsys.readouterr()
+        assert main([*begun, "--resume", resume]) == 0
+        assert f"resuming from {first} at step 3\n" in capsys.readouterr().out
+        assert main(begun) == 0
+        own = Path(resume) / "checkpoints" / "last.ckpt"
+        said = f"resuming from {own} at step 6; --ckpt_path {first} is what the run began with"
+        assert said in capsys.readouterr().out
+    assert main([*begun, "--resume", "never"]) == 1
+
+
+def test_a_warm_up_longer_than_the_run_is_told(make_shards, write_recipe, capsys):
+    recipe = write_recipe(make_shards())
+    assert main(["fit", "--config", str(recipe), "--trainer.max_steps", "2"]) == 0
+    assert "the warm-up of 2 steps is not over when this run of 2 ends" in capsys.readouterr().out
+
+
 def test_a_finished_run_says_so(make_shards, write_recipe, capsys):
     args = ["fit", "--config", str(write_recipe(make_shards()))]
     assert main(args) == 0

@@ -95,13 +95,20 @@ class StepCheckpoint(EveryNSteps, Checkpoint):
 
     Args:
         every_n_steps: optimizer steps between two checkpoints; the last step always has one; 0 = off.
+        keep: how many ``step_*.ckpt`` stay, the newest; 0 = all. Each takes 12 bytes a parameter, with AdamW.
     """
 
     evaluates = False
     label = "checkpoints"
 
-    def __init__(self, every_n_steps: int = 1000) -> None:
+    def __init__(self, every_n_steps: int = 1000, keep: int = 0) -> None:
         super().__init__(every_n_steps)
+        if keep < 0 or keep == 1:
+            raise ValueError(
+                f"checkpoint.keep is {keep}: give 0 for all, or at least 2, so that there is one to go on from if the "
+                "newest is damaged"
+            )
+        self.keep = keep
         self.best_val_loss = float("inf")
         self.resumed: dict[str, Any] | None = None
 
@@ -120,6 +127,9 @@ class StepCheckpoint(EveryNSteps, Checkpoint):
             if best:
                 _point(folder / "best.ckpt", path)
             _point(folder / "last.ckpt", path)
+            # last and best are names, or copies, of their own
+            for old in self._up_to(path)[: -self.keep] if self.keep else ():
+                old.unlink()
         trainer.strategy.barrier("checkpoint")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -132,6 +142,12 @@ class StepCheckpoint(EveryNSteps, Checkpoint):
             self.best_val_loss = val_loss
             if trainer.is_global_zero:
                 _point(folder / "best.ckpt", path)
+
+    @staticmethod
+    def _up_to(path: Path) -> list[Path]:
+        """A run that went back to an earlier checkpoint has later ones beside it, which are not this one's past."""
+        saved = saved_steps(path.parent)
+        return saved[: saved.index(path) + 1]
 
     @staticmethod
     def _val_loss(trainer: Trainer, step: int) -> float:

@@ -68,7 +68,12 @@ class HellaSwag(EveryNSteps):
         """The score over all ranks, added up as integers."""
         with trainer.precision_plugin.val_step_context():
             mine = evaluate(
-                module.model, self.examples, self.style, rank=trainer.global_rank, world_size=trainer.world_size
+                module.model,
+                self.examples,
+                self.style,
+                rank=trainer.global_rank,
+                world_size=trainer.world_size,
+                progress=trainer.is_global_zero and trainer.progress_bar_callback is not None,
             )
         counts = torch.tensor([mine.n, mine.correct, mine.correct_norm], device=module.device)
         return Score(*trainer.strategy.reduce(counts, reduce_op="sum").tolist())

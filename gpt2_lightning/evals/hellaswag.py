@@ -270,10 +270,9 @@ def score_rows(
     try:
         scores = _score(model, rows, batch_tokens, progress)
         # where rounding decides, the row is scored again alone: the same answer, whatever its company was before
-        close = [at for at, score in enumerate(scores) if score.close]
-        alone = _score(model, [rows[at] for at in close], batch_tokens=1, progress=False)
-        for at, score in zip(close, alone, strict=True):
-            scores[at] = score
+        for at, score in enumerate(scores):
+            if score.close:
+                (scores[at],) = _score(model, [rows[at]], batch_tokens=1, progress=False)
     finally:
         model.train(was_training)
     return scores
