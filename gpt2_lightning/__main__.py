@@ -159,14 +159,8 @@ def _prepare(args: list[str]) -> None:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--source", nargs="+", help="fineweb-edu, stdlib, ORG/NAME on the hub, or local files and globs")
     what.add_argument("--verify", metavar="DIR", help="check every shard in DIR against its manifest instead")
-    what.add_argument("--show", metavar="DIR", help="print training data as text instead; DIR is its folder or a run's")
-    parser.add_argument("--step", type=int, help="show what this step of the run in DIR trains on (see --seed)")
-    parser.add_argument("--first", type=int, default=0, help="first window to show (default: 0)")
-    parser.add_argument("--count", type=int, default=1, help="how many to show (default: 1)")
-    parser.add_argument("--block_size", type=int, default=1024, help="tokens in each (default: 1024)")
-    parser.add_argument("--total_batch_tokens", type=int, default=524288, help="tokens of a step (default: 524288)")
-    parser.add_argument("--order", choices=("sequential", "shuffled"), default="sequential", help="of the windows")
-    parser.add_argument("--seed", type=int, default=1337, help="of the order; a run's folder knows these four itself")
+    what.add_argument("--show", metavar="RUN_DIR", help="print the text that a step of this run trains on instead")
+    parser.add_argument("--step", type=int, default=0, help="which step to show (default: 0)")
     parser.add_argument("--out", metavar="DIR", help="folder of the shards")
     parser.add_argument("--name", help="configuration of a hub dataset, such as sample-10BT")
     parser.add_argument("--revision", help="branch, tag or commit of a hub dataset")
@@ -182,20 +176,11 @@ def _prepare(args: list[str]) -> None:
         print(f"{given.verify}: {len(manifest.shards)} shards as their manifest says")
         return
     if given.show:
-        from gpt2_lightning.data.show import StepData, of_run, show_step, show_windows
+        from gpt2_lightning.data.show import show_step
 
-        folder = Path(given.show)
-        for name, least in (("step", 0), ("count", 1), ("block_size", 1), ("total_batch_tokens", 1), ("seed", 0)):
-            value = getattr(given, name)
-            if value is not None and not least <= value < 2**62:
-                parser.error(f"--{name} is {value}: give a whole number of at least {least}")
-        if given.step is None:
-            print(show_windows(folder, given.first, given.count, given.block_size))
-        elif any(folder.glob("config*.yaml")):
-            print(show_step(given.step, of_run(folder)))
-        else:
-            data = StepData(folder, given.block_size, given.total_batch_tokens, given.order, given.seed)
-            print(show_step(given.step, data))
+        if not 0 <= given.step < 2**40:
+            parser.error(f"--step is {given.step}: give a whole number of at least 0, a step of the run")
+        print(show_step(Path(given.show), given.step))
         return
     if not given.out:
         parser.error("--source needs --out DIR, the folder to write the shards to")

@@ -38,10 +38,11 @@ from gpt2_lightning.callbacks.validation import ValidationLoss
 from gpt2_lightning.compile_cache import keep_compiled_code
 from gpt2_lightning.data.datamodule import TokenDataModule
 from gpt2_lightning.data.shards import write_shard
+from gpt2_lightning.gpus import is_out_of_memory
 from gpt2_lightning.job import TRAINER_DEFAULTS, callbacks_of_a_run, keep_freed_memory, quieten
-from gpt2_lightning.loss import LinearCrossEntropy
+from gpt2_lightning.loss import LinearCrossEntropy, chunk_of
 from gpt2_lightning.model import GPT, GPTConfig
-from gpt2_lightning.module import CHUNK_LOGITS, GPTModule, attends_by_matmuls
+from gpt2_lightning.module import GPTModule, attends_by_matmuls
 from gpt2_lightning.optim import AdamW, decay_groups
 from gpt2_lightning.tokenizer import VOCAB_SIZE
 
@@ -192,8 +193,8 @@ def _time(rung: Rung, setup: Setup, config: GPTConfig, micro_batch_size: int, de
 def _unless_out_of_memory(run: Callable[[], list[float]]) -> list[float] | None:
     try:
         return run()
-    except RuntimeError as error:  # torch.OutOfMemoryError on CUDA; on MPS and on a CPU plain ones
-        if not any(words in str(error) for words in ("out of memory", "allocate memory")):
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
             raise
     return None  # outside the handler, whose traceback holds the activations
 
@@ -213,7 +214,7 @@ def _by_hand(setup: Setup, config: GPTConfig, micro_batch_size: int, device: tor
     groups = decay_groups(model.named_parameters())
     settings: dict[str, Any] = {"lr": 6e-4, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
     optimizer = AdamW(groups, **settings) if setup.fused else torch.optim.AdamW(groups, **settings)
-    criterion = LinearCrossEntropy(max(1, CHUNK_LOGITS // config.vocab_size) if setup.chunked else None)
+    criterion = LinearCrossEntropy(chunk_of(config.vocab_size) if setup.chunked else None)
 
     def next_token_loss(ids: Tensor) -> Tensor:
         hidden = model.hidden(ids[:, :-1]).flatten(0, 1)

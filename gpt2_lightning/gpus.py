@@ -65,3 +65,8 @@ def peak_flops(device: torch.device) -> float | None:
         return None
     name = torch.cuda.get_device_name(device)
     return next((gpu.peak_flops for gpu in GPUS if re.fullmatch(gpu.device_name, name)), None)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device had too little memory: torch.OutOfMemoryError on CUDA, words alone on MPS and CPUs."""
+    return any(words in str(error) for words in ("out of memory", "can't allocate memory", "not enough memory"))

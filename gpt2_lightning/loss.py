@@ -11,8 +11,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+CHUNK_LOGITS = 512 * 50304
+"""Logits held at once by the chunked loss: 103 MB in fp32. Smaller chunks make slower matmuls on a CPU."""
+
 ROWS = 32
 """Tokens whose logits go through the softmax together on a CPU: 6 MB in fp32, so that its passes stay in the cache."""
+
+
+def chunk_of(vocab_size: int) -> int:
+    """Tokens per chunk for so many columns."""
+    return max(1, CHUNK_LOGITS // vocab_size)
 
 
 class LinearCrossEntropy:

@@ -17,16 +17,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torchmetrics import MeanMetric
 
 from gpt2_lightning.compile_cache import keep_compiled_code
-from gpt2_lightning.loss import LinearCrossEntropy
+from gpt2_lightning.gpus import is_out_of_memory
+from gpt2_lightning.loss import LinearCrossEntropy, chunk_of
 from gpt2_lightning.model import GPT, GPTConfig
 from gpt2_lightning.optim import AdamW, decay_groups
 from gpt2_lightning.schedule import WarmupCosine
 from gpt2_lightning.sharding import shard
 from gpt2_lightning.tokenizer import VOCAB_SIZE
 from gpt2_lightning.weights import load
-
-CHUNK_LOGITS = 512 * 50304
-"""Logits held at once by the chunked loss: 103 MB in fp32. Smaller chunks make slower matmuls on a CPU."""
 
 
 def attends_by_matmuls(device_type: str, bf16: bool, block_size: int) -> bool:
@@ -96,12 +94,14 @@ class GPTModule(LightningModule):
             )
         device_type = self.trainer.strategy.root_device.type
         chunked = device_type == "cpu" if self.chunked_loss == "auto" else self.chunked_loss
-        self.loss = LinearCrossEntropy(max(1, CHUNK_LOGITS // self.model.config.vocab_size) if chunked else None)
+        self.loss = LinearCrossEntropy(chunk_of(self.model.config.vocab_size) if chunked else None)
         compiled = (
             device_type == "cuda" and sys.platform != "win32" if self.compile_mode == "auto" else self.compile_mode
         )
         if compiled:
             keep_compiled_code()
+            # a code for each micro-batch that a batch-size schedule grows through, and for those of evaluation
+            torch._dynamo.config.recompile_limit = 64
         # a handle beside the module, not the module itself: keys, evaluation and sampling stay those of the plain model
         self.next_token_loss: Callable[[Tensor], Tensor] = (
             torch.compile(self._next_token_loss, dynamic=False) if compiled else self._next_token_loss
@@ -128,8 +128,8 @@ class GPTModule(LightningModule):
         enough = True
         try:
             self._try_step(micro_batch_size)
-        except RuntimeError as error:  # torch.OutOfMemoryError on CUDA; on MPS a plain one
-            if "out of memory" not in str(error):
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
                 raise
             enough = False
         if not enough:

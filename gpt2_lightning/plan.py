@@ -12,13 +12,12 @@ from typing import Any
 
 import torch
 
-from gpt2_lightning.data.datamodule import AUTO_ON_CPU, accumulation, micro_batches
+from gpt2_lightning.data.order import AUTO_ON_CPU, accumulation, micro_batches
 from gpt2_lightning.data.shards import find_shards, list_shards, open_shard, read_manifest
 from gpt2_lightning.gpus import GPU
 from gpt2_lightning.job import refuse_other_strategies
-from gpt2_lightning.loss import ROWS
+from gpt2_lightning.loss import ROWS, chunk_of
 from gpt2_lightning.model import GPT, GPTConfig
-from gpt2_lightning.module import CHUNK_LOGITS
 from gpt2_lightning.schedule import BatchSizeSchedule, batch_size_stages, tokens_before
 from gpt2_lightning.weights import load
 
@@ -186,7 +185,7 @@ def logits_bytes(config: GPTConfig, tokens: int, step: Step) -> int:
         return 2 * step.activation_bytes * V * tokens
     if not step.chunked_loss:
         return 3 * step.weight_bytes * V * tokens
-    chunk = min(max(1, CHUNK_LOGITS // V), tokens)
+    chunk = min(chunk_of(V), tokens)
     rows = min(ROWS, chunk) if step.cpu else chunk
     mixed = step.activation_bytes != step.weight_bytes
     head = V * C * (step.weight_bytes + (step.activation_bytes if mixed else 0))  # its gradient, and that of a chunk

@@ -71,7 +71,8 @@ def compare(runs: Sequence[Run]) -> list[str]:
     alike = comparable(runs)
     found = [
         f"{run.name} has another vocabulary than {runs[0].name} (model.config.vocab_size="
-        f"{run.config['model.config.vocab_size']}), so their losses cannot be compared: the charts leave its loss out"
+        f"{run.config.get('model.config.vocab_size', 'not recorded')}), so their losses cannot be compared: "
+        "the charts leave its loss out"
         for run in runs
         if run not in alike
     ]

@@ -190,8 +190,7 @@ def _curve(points: dict[int, float]) -> Curve:
 
 def _read_configs(folder: Path, notes: list[str]) -> Iterator[dict[str, str]]:
     """config.yaml, config_1.yaml, …: one of each start."""
-    paths = [path for path in folder.glob("config*.yaml") if re.fullmatch(r"config(_\d+)?", path.stem)]
-    for path in sorted(paths, key=lambda path: (len(path.name), path.name)):
+    for path in config_paths(folder):
         try:
             config = yaml.safe_load(path.read_text())
             if not isinstance(config, dict):
@@ -200,6 +199,12 @@ def _read_configs(folder: Path, notes: list[str]) -> Iterator[dict[str, str]]:
             notes.append(f"{path} is not the config of a run: it is left out")
             continue
         yield flat(config)
+
+
+def config_paths(folder: Path) -> list[Path]:
+    """config.yaml, config_1.yaml, … config_10.yaml: of each start of a run, the last one last."""
+    paths = [path for path in folder.glob("config*.yaml") if re.fullmatch(r"config(_\d+)?", path.stem)]
+    return sorted(paths, key=lambda path: (len(path.name), path.name))
 
 
 def flat(config: dict[str, Any], prefix: str = "") -> dict[str, str]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from gpt2_lightning import hf, hf_export, llmc
 from gpt2_lightning.model import GPT, GPTConfig
+from gpt2_lightning.run_folder import read_run
 
 _SHAPE = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
@@ -89,15 +90,12 @@ def _figures(checkpoint: Path) -> dict[str, str]:
     run_dir = checkpoint.absolute().parent.parent  # runs/X/checkpoints/last.ckpt
     if not any(run_dir.glob("events.out.tfevents.*")):
         return figures
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
     examples = saved.get("callbacks", {}).get("HellaSwag", {}).get("examples", "rows unknown")
-    log = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
-    for tag in sorted(log.Tags()["scalars"]):
-        points = [event for event in log.Scalars(tag) if event.step <= step]
-        if points and (tag.startswith(("val/", "hellaswag")) or tag in ("train/loss", "train/tokens")):
-            where = f"step {points[-1].step:,}" + (f"; {examples}" if tag.startswith("hellaswag") else "")
-            figures[tag] = f"{points[-1].value:,.4f}".removesuffix(".0000") + f" ({where})"
+    for tag, curve in sorted(read_run(run_dir).curves.items()):
+        before = curve.steps <= step - tag.startswith("train/")  # the first of train/*, at 0, is of one update
+        if before.any() and (tag.startswith(("val/", "hellaswag")) or tag in ("train/loss", "train/tokens")):
+            where = f"step {curve.steps[before][-1]:,}" + (f"; {examples}" if tag.startswith("hellaswag") else "")
+            figures[tag] = f"{curve.values[before][-1]:,.4f}".removesuffix(".0000") + f" ({where})"
     return figures
 
 

@@ -27,8 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from gpt2_lightning.__main__ import main
-from gpt2_lightning.loss import LinearCrossEntropy
-from gpt2_lightning.module import CHUNK_LOGITS
+from gpt2_lightning.loss import LinearCrossEntropy, chunk_of
 
 STEPS_PER_BLOCK, WARM_UP = 10, 3  # the first steps of a block compile, tune or fill caches, and are not counted
 
@@ -160,7 +159,7 @@ def options(trainer: Trainer, module: Any, loaders: Loaders) -> dict[str, Callab
         loop._broadcast_sigterm_tensor = lambda: _TrainingEpochLoop._broadcast_sigterm_tensor(loop)
         return lambda: setattr(loop, "_broadcast_sigterm_tensor", ours)
 
-    chunk_tokens = max(1, CHUNK_LOGITS // module.model.config.vocab_size)
+    chunk_tokens = chunk_of(module.model.config.vocab_size)
     chunked = module.loss.chunk_tokens is not None
     found: dict[str, Callable[[], Callable[[], None]]] = {
         "nothing (the noise)": lambda: lambda: None,

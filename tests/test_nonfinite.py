@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from gpt2_lightning.__main__ import main
 from gpt2_lightning.module import GPTModule
@@ -106,23 +107,21 @@ def test_a_steps_text_is_what_the_step_sees(make_shards, write_recipe, capsys, m
         for row in rows:
             assert get_tokenizer().decode(row) in shown
     assert main(["prepare", "--show", str(tmp_path / "run"), "--step", str(10**30)]) == 2
-    for wrong in (["--block_size", "0"], ["--seed", "-1"], ["--count", "0"], ["--step", "-1"]):
-        assert main(["prepare", "--show", "shards", *wrong]) == 2
-        assert f"{wrong[0]} is {wrong[1]}: give a whole number" in capsys.readouterr().err
+    assert main(["prepare", "--show", str(tmp_path / "run"), "--step", "-1"]) == 2
+    assert "--step is -1: give a whole number of at least 0" in capsys.readouterr().err
+    assert main(["prepare", "--show", "shards"]) == 1
+    assert "shards is not the folder of a run" in capsys.readouterr().err
     (Path("shards") / "config.yaml").write_text("a: 1")
     assert main(["prepare", "--show", "shards", "--step", "0"]) == 1
     assert "config.yaml is not the config of a run" in capsys.readouterr().err
-    (Path("shards") / "config.yaml").unlink()
-    capsys.readouterr()
-    data = ["--block_size", "16", "--total_batch_tokens", "128", "--seed", "5", "--order", "shuffled"]
-    assert main(["prepare", "--show", str(Path("shards")), "--step", "0", *data]) == 0
-    assert get_tokenizer().decode(seen[0][0]) in capsys.readouterr().out
 
 
 def test_ids_beyond_gpt2s_vocabulary_are_shown_as_numbers(make_shards, capsys):
-    root = make_shards(train=np.array([464, 50300, 50301, 1290, 11]))
-    assert main(["prepare", "--show", str(root), "--block_size", "4"]) == 0
-    assert capsys.readouterr().out == "── train window 0 ──\nThe<50300><50301> far\n"
+    data = {"root": str(make_shards(train=np.array([464, 50300, 50301, 1290, 11]))), "total_batch_tokens": 4}
+    config = {"data": data | {"order": "sequential", "seed": 0, "batch_size_schedule": None}}
+    Path("config.yaml").write_text(yaml.safe_dump(config | {"model": {"config": {"block_size": 4}}}))
+    assert main(["prepare", "--show", "."]) == 0
+    assert capsys.readouterr().out == "── step 0, sample 0: train window 0 ──\nThe<50300><50301> far\n"
 
 
 def test_the_text_of_a_run_that_took_the_shape_of_its_weights(make_shards, write_recipe, capsys, tmp_path):

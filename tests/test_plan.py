@@ -16,9 +16,8 @@ from torch.nn import functional as F
 
 from gpt2_lightning.__main__ import main
 from gpt2_lightning.gpus import find_gpu, peak_flops
-from gpt2_lightning.loss import LinearCrossEntropy
+from gpt2_lightning.loss import LinearCrossEntropy, chunk_of
 from gpt2_lightning.model import GPT, GPTConfig
-from gpt2_lightning.module import CHUNK_LOGITS
 from gpt2_lightning.optim import AdamW, Muon, decay_groups
 from gpt2_lightning.plan import (
     OPENAI_SHAPES,
@@ -218,7 +217,7 @@ def test_the_sum_is_the_peak_of_a_step(bf16, chunked, checkpointing):
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
     optimizer.step()
-    criterion = LinearCrossEntropy(CHUNK_LOGITS // 4096 if chunked else None)
+    criterion = LinearCrossEntropy(chunk_of(4096) if chunked else None)
     ids = torch.zeros(8, 129, dtype=torch.long)
     tracker = MemTracker()
     tracker.track_external(model, optimizer)

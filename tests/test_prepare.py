@@ -20,7 +20,6 @@ from gpt2_lightning.data import shards, sources
 from gpt2_lightning.data.encode import _LONG_RUN_END, encode
 from gpt2_lightning.data.prepare import ensure_prepared, prepare
 from gpt2_lightning.data.shards import Manifest, TokenStream, list_shards, read_manifest, verify
-from gpt2_lightning.data.show import show_windows
 from gpt2_lightning.tokenizer import get_tokenizer
 
 EOT = 50256
@@ -453,12 +452,6 @@ def test_options_that_make_no_sense_are_refused(tmp_path: Path, corpus: str, opt
     with pytest.raises(ValueError, match="must be 1 or more, and format npy or bin"):
         _make(corpus, tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
-
-
-def test_show_prints_windows_as_text(tmp_path: Path) -> None:
-    _make(_jsonl(tmp_path / "a.jsonl", ["val", " a b c d e f g"]), tmp_path / "out")
-    shown = show_windows(tmp_path / "out", 1, 5, 3)
-    assert shown == "── train window 1 ──\n c d e"
 
 
 def test_the_bar_counts_tokens_and_documents_and_knows_the_end(

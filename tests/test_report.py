@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -128,6 +129,11 @@ def test_losses_of_different_vocabularies_are_not_drawn_together():
     assert drawn["Loss, the whole run"] == ["bpe", "unpadded"]
     assert drawn["Batch size"] == ["bpe", "bytes", "unpadded"]
     assert "5.5000" in page(runs)  # the figures are told of each
+
+
+def test_a_run_that_did_not_record_its_vocabulary_is_told():
+    (said,) = compare([_run("bytes", vocab_size="256"), replace(_run("log"), configs=[])])
+    assert "log has another vocabulary than bytes (model.config.vocab_size=not recorded)" in said
 
 
 def test_the_same_run_twice_is_no_error(tmp_path):

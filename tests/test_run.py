@@ -12,7 +12,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from gpt2_lightning.__main__ import main
-from gpt2_lightning.callbacks.checkpoint import saved_steps
+from gpt2_lightning.callbacks.checkpoint import StepCheckpoint, saved_steps
 from gpt2_lightning.callbacks.log_txt import LogTxt
 from gpt2_lightning.job import claim, is_first_process
 from gpt2_lightning.module import GPTModule
@@ -115,6 +115,16 @@ def test_best_is_the_checkpoint_with_the_lowest_validation_loss(make_shards, wri
     last = torch.load(folder / "last.ckpt", weights_only=True)
     best = next(state["best_val_loss"] for state in last["callbacks"].values() if "best_val_loss" in state)
     assert best == pytest.approx(losses[lowest])
+
+
+def test_a_validation_that_is_not_a_number_does_not_hide_a_better_one_after_it(
+    make_shards, write_recipe, tmp_path, monkeypatch
+):
+    losses = {0: math.inf, 2: 3.0, 4: math.nan, 6: 2.0}
+    monkeypatch.setattr(StepCheckpoint, "_val_loss", staticmethod(lambda trainer, step: losses[step]))
+    assert main(["fit", "--config", str(write_recipe(make_shards(), checkpoint={"every_n_steps": 2}))]) == 0
+    folder = tmp_path / "run" / "checkpoints"
+    assert (folder / "best.ckpt").samefile(folder / "step_000006.ckpt")
 
 
 def test_only_the_newest_checkpoints_are_kept_where_that_is_asked(make_shards, write_recipe, tmp_path, capsys):

@@ -240,7 +240,8 @@ def test_model_card_tells_the_figures_of_the_run_at_the_checkpoint(tmp_path: Pat
     log = SummaryWriter(str(run))
     for step, loss in ((50, 4.75), (70, 4.25), (90, 3.5)):  # the run went on after the checkpoint at 70
         log.add_scalar("val/loss", loss, step)
-        log.add_scalar("train/tokens", step * 128, step)
+        for made in (step - 1, step):  # what step s gave stands at s, after s + 1 updates
+            log.add_scalar("train/tokens", (made + 1) * 128, made)
         log.add_scalar("train/lr", 0.77, step)
         log.add_scalar("hellaswag/acc_norm", 0.25, step)
     log.close()
@@ -250,7 +251,7 @@ def test_model_card_tells_the_figures_of_the_run_at_the_checkpoint(tmp_path: Pat
     card = (tmp_path / "out" / "README.md").read_text()
     assert "| optimizer steps | 70 |" in card
     assert "| val/loss | 4.2500 (step 70) |" in card
-    assert "| train/tokens | 8,960 (step 70) |" in card
+    assert "| train/tokens | 8,960 (step 69) |" in card
     assert "| hellaswag/acc_norm | 0.2500 (step 70; builtin, 48 rows) |" in card
     assert "0.77" not in card
     # 211·15 + 24·15 + 30, and in each of 2 blocks 12·15² + 13·15

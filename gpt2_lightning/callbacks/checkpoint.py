@@ -36,7 +36,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             ) from None
 
     def load_checkpoint(self, path: str | os.PathLike, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        return read_checkpoint(Path(path))
+        return torch_load(Path(path), mmap=False)  # the one that the command has looked at byte by byte
 
 
 def _reason(error: BaseException | None) -> str:
@@ -119,7 +119,8 @@ class StepCheckpoint(EveryNSteps, Checkpoint):
             logger.save()  # what was logged up to here is on disk before a checkpoint says that it is done
         val_loss = self._val_loss(trainer, step)
         best = val_loss < self.best_val_loss
-        self.best_val_loss = min(val_loss, self.best_val_loss)
+        if best:  # not where it is nan
+            self.best_val_loss = val_loss
         folder = Path(trainer.default_root_dir) / "checkpoints"
         path = folder / f"step_{step:06d}.ckpt"
         trainer.save_checkpoint(path)

@@ -13,13 +13,20 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from gpt2_lightning.data.order import EvalBatchSampler, Order, StepBatchSampler, windows_in_shards, windows_of
+from gpt2_lightning.data.order import (
+    AUTO_ON_CPU,
+    EvalBatchSampler,
+    Order,
+    StepBatchSampler,
+    accumulation,
+    devices,
+    micro_batches,
+    windows_in_shards,
+    windows_of,
+)
 from gpt2_lightning.data.prepare import ensure_prepared
 from gpt2_lightning.data.shards import TokenStream, check_sizes, list_shards, open_shard
 from gpt2_lightning.schedule import BatchSizeSchedule, batch_size_stages, tokens_before
-
-AUTO_ON_CPU = 16
-"""The largest micro-batch that ``auto`` takes on a CPU, where a larger one is no faster; also that of evaluation."""
 
 
 class WindowDataset(Dataset[Tensor]):
@@ -147,7 +154,7 @@ class TokenDataModule(LightningDataModule):
         n_windows, world_size = self._validation_windows(), self.trainer.world_size
         if n_windows < world_size:
             raise ValueError(
-                f"validation would see {n_windows} windows of {config.block_size} tokens on {_devices(world_size)}: "
+                f"validation would see {n_windows} windows of {config.block_size} tokens on {devices(world_size)}: "
                 f"raise validation.tokens to {world_size * config.block_size} or more, give more text, or take fewer "
                 "devices"
             )
@@ -280,60 +287,3 @@ class TokenDataModule(LightningDataModule):
             worker_init_fn=_leave_signals_to_the_run,
             pin_memory=self.trainer.strategy.root_device.type == "cuda",
         )
-
-
-def micro_batches(total_batch_tokens: int, block_size: int, world_size: int, start_tokens: int) -> list[int]:
-    """All micro-batch sizes that divide a step into whole micro-batches per device, in rising order.
-
-    In the steps of ``start_tokens`` that a batch-size schedule begins with, the micro-batch is smaller in proportion,
-    and a whole number as well.
-
-    Raises:
-        ValueError: no micro-batch does.
-    """
-    per_rank, rest = divmod(start_tokens, block_size * world_size)
-    if rest or per_rank == 0:
-        name = "total_batch_tokens" if start_tokens == total_batch_tokens else "batch_size_schedule.start_tokens"
-        raise ValueError(
-            f"data.{name}={start_tokens} is not a multiple of block_size {block_size} on "
-            f"{_devices(world_size)}: set it to a multiple of {block_size * world_size}"
-        )
-    growth = total_batch_tokens // start_tokens
-    return [b * growth for b in range(1, per_rank + 1) if per_rank % b == 0]
-
-
-def accumulation(
-    total_batch_tokens: int,
-    micro_batch_size: int,
-    block_size: int,
-    world_size: int,
-    typed: int = 1,
-    start_tokens: int | None = None,
-) -> int:
-    """Micro-batches per rank that make up one optimizer step of exactly ``total_batch_tokens``.
-
-    ``typed`` is the user's own ``trainer.accumulate_grad_batches``; 1 stands for not given. ``start_tokens`` are those
-    of a batch-size schedule's first step.
-
-    Raises:
-        ValueError: the step does not divide, with the micro-batches that would do; or ``typed`` disagrees.
-    """
-    would_do = micro_batches(total_batch_tokens, block_size, world_size, start_tokens or total_batch_tokens)
-    if micro_batch_size not in would_do:
-        raise ValueError(
-            f"data.total_batch_tokens={total_batch_tokens} "
-            f"{f'from {start_tokens} on ' if start_tokens not in (None, total_batch_tokens) else ''}"
-            f"is not a whole number of micro-batches of {micro_batch_size} sequences of {block_size} on "
-            f"{_devices(world_size)}: set data.micro_batch_size to one of {would_do}, or to auto"
-        )
-    derived = total_batch_tokens // (micro_batch_size * block_size * world_size)
-    if typed not in (1, derived):
-        raise ValueError(
-            f"trainer.accumulate_grad_batches={typed} disagrees with data.total_batch_tokens={total_batch_tokens}, "
-            f"which takes {derived} micro-batches on {_devices(world_size)}: leave it out, it is derived"
-        )
-    return derived
-
-
-def _devices(world_size: int) -> str:
-    return f"{world_size} device{'s' if world_size > 1 else ''}"

@@ -1,4 +1,4 @@
-"""Which windows a step trains on: pure arithmetic on the step number, and the batch sampler that follows it.
+"""Which windows a step trains on, and how many at a time: pure arithmetic, and the batch samplers that follow it.
 
 The data is N windows of ``block_size`` tokens (and the one token after them). Sample n of a run is window n mod N of
 epoch n div N, so nothing is dropped between epochs and a step may straddle two. Step s takes samples [S(s), S(s+1)),
@@ -14,6 +14,9 @@ import numpy as np
 from torch.utils.data import Sampler
 
 Order = Literal["sequential", "shuffled"]
+
+AUTO_ON_CPU = 16
+"""The largest micro-batch that ``auto`` takes on a CPU, where a larger one is no faster; ``gpt2 validate``'s, too."""
 
 
 def windows_of(samples: np.ndarray, shard_windows: list[int], order: Order, seed: int) -> np.ndarray:
@@ -136,3 +139,61 @@ class EvalBatchSampler(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         return map(list, self.batches)
+
+
+def micro_batches(total_batch_tokens: int, block_size: int, world_size: int, start_tokens: int) -> list[int]:
+    """All micro-batch sizes that divide a step into whole micro-batches per device, in rising order.
+
+    In the steps of ``start_tokens`` that a batch-size schedule begins with, the micro-batch is smaller in proportion,
+    and a whole number as well.
+
+    Raises:
+        ValueError: no micro-batch does.
+    """
+    per_rank, rest = divmod(start_tokens, block_size * world_size)
+    if rest or per_rank == 0:
+        name = "total_batch_tokens" if start_tokens == total_batch_tokens else "batch_size_schedule.start_tokens"
+        raise ValueError(
+            f"data.{name}={start_tokens} is not a multiple of block_size {block_size} on "
+            f"{devices(world_size)}: set it to a multiple of {block_size * world_size}"
+        )
+    growth = total_batch_tokens // start_tokens
+    return [b * growth for b in range(1, per_rank + 1) if per_rank % b == 0]
+
+
+def accumulation(
+    total_batch_tokens: int,
+    micro_batch_size: int,
+    block_size: int,
+    world_size: int,
+    typed: int = 1,
+    start_tokens: int | None = None,
+) -> int:
+    """Micro-batches per rank that make up one optimizer step of exactly ``total_batch_tokens``.
+
+    ``typed`` is the user's own ``trainer.accumulate_grad_batches``; 1 stands for not given. ``start_tokens`` are those
+    of a batch-size schedule's first step.
+
+    Raises:
+        ValueError: the step does not divide, with the micro-batches that would do; or ``typed`` disagrees.
+    """
+    would_do = micro_batches(total_batch_tokens, block_size, world_size, start_tokens or total_batch_tokens)
+    if micro_batch_size not in would_do:
+        raise ValueError(
+            f"data.total_batch_tokens={total_batch_tokens} "
+            f"{f'from {start_tokens} on ' if start_tokens not in (None, total_batch_tokens) else ''}"
+            f"is not a whole number of micro-batches of {micro_batch_size} sequences of {block_size} on "
+            f"{devices(world_size)}: set data.micro_batch_size to one of {would_do}, or to auto"
+        )
+    derived = total_batch_tokens // (micro_batch_size * block_size * world_size)
+    if typed not in (1, derived):
+        raise ValueError(
+            f"trainer.accumulate_grad_batches={typed} disagrees with data.total_batch_tokens={total_batch_tokens}, "
+            f"which takes {derived} micro-batches on {devices(world_size)}: leave it out, it is derived"
+        )
+    return derived
+
+
+def devices(world_size: int) -> str:
+    """``1 device``, ``2 devices``: in sentences."""
+    return f"{world_size} device{'s' if world_size > 1 else ''}"

@@ -1,93 +1,47 @@
-"""Training data as text: windows by their number, or what a step of a run saw, to look behind a spike of its loss."""
+"""The text that a step of a run trained on, to look behind a spike of its loss."""
 
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import yaml
 
-from gpt2_lightning.data.order import Order, windows_in_shards, windows_of
+from gpt2_lightning.data.order import windows_in_shards, windows_of
 from gpt2_lightning.data.shards import TokenStream, list_shards
+from gpt2_lightning.run_folder import config_paths
 from gpt2_lightning.schedule import BatchSizeSchedule, batch_size_stages, tokens_before
 from gpt2_lightning.tokenizer import VOCAB_SIZE, get_tokenizer
 
 
-@dataclass(frozen=True)
-class StepData:
-    """What decides the tokens of a step; the names are those of a recipe's ``data`` section."""
-
-    root: Path
-    block_size: int = 1024
-    total_batch_tokens: int = 524288
-    order: Order = "sequential"
-    seed: int = 1337
-    batch_size_schedule: BatchSizeSchedule | None = None
-
-
-def of_run(run_dir: Path) -> StepData:
-    """The settings of a run's last start, by the config that it left in its folder.
+def show_step(run_dir: Path, step: int) -> str:
+    """The samples of ``step`` as text, each under a line that says which window of the training split it is.
 
     Raises:
-        ValueError: that file is not a run's.
+        ValueError: ``run_dir`` is not a run's, or its data is no longer where it was.
     """
-    path = max(run_dir.glob("config*.yaml"), key=lambda path: path.stat().st_mtime_ns)
+    data, T = _data_of(run_dir)
+    schedule = data["batch_size_schedule"]
+    stages = batch_size_stages(data["total_batch_tokens"], schedule and BatchSizeSchedule(**schedule))
+    samples = np.arange(tokens_before(step, stages) // T, tokens_before(step + 1, stages) // T)
+    stream = TokenStream(list_shards(Path(data["root"]), "train"))
+    windows = windows_of(samples, windows_in_shards(stream.lengths, T), data["order"], data["seed"])
+    texts = map(_decoded, stream.windows(windows * T, T))
+    heads = (f"── step {step}, sample {i}: train window {w} ──" for i, w in zip(samples, windows, strict=True))
+    return "\n".join(f"{head}\n{text}" for head, text in zip(heads, texts, strict=True))
+
+
+def _data_of(run_dir: Path) -> tuple[dict[str, Any], int]:
+    """The ``data`` section of a run's last start, by the config that it left in its folder, and the block_size."""
+    paths = config_paths(run_dir)
+    if not paths:
+        raise ValueError(f"{run_dir} is not the folder of a run, there is no config.yaml: give one as runs/quickstart")
     try:
-        config = yaml.safe_load(path.read_text())
+        config = yaml.safe_load(paths[-1].read_text())
         data = config["data"].get("init_args", config["data"])  # where it is a class of the user's own
-        schedule = data["batch_size_schedule"]
-        return StepData(
-            Path(data["root"]),
-            config["model"]["config"]["block_size"],
-            data["total_batch_tokens"],
-            data["order"],
-            data["seed"],
-            schedule and BatchSizeSchedule(**schedule),
-        )
+        needed = {name: data[name] for name in ("root", "total_batch_tokens", "order", "seed", "batch_size_schedule")}
+        return needed, config["model"]["config"]["block_size"]
     except (AttributeError, KeyError, TypeError, ValueError, yaml.YAMLError):
-        raise ValueError(
-            f"{path} is not the config of a run: name the folder of its data instead, with --block_size and the others"
-        ) from None
-
-
-def show_step(step: int, data: StepData) -> str:
-    """The samples of a step as text, each under a line that says which window of the training split it is.
-
-    Raises:
-        ValueError: there is no such step or no such data.
-    """
-    if data.total_batch_tokens % data.block_size != 0:
-        raise ValueError(f"--total_batch_tokens {data.total_batch_tokens} is not a multiple of {data.block_size}")
-    stages = batch_size_stages(data.total_batch_tokens, data.batch_size_schedule)
-    first, end = (tokens_before(s, stages) // data.block_size for s in (step, step + 1))
-    stream = TokenStream(list_shards(data.root, "train"))
-    counts = windows_in_shards(stream.lengths, data.block_size)
-    if sum(counts) == 0:
-        raise ValueError(f"{data.root} has no training window of {data.block_size} tokens: lower --block_size")
-    samples = np.arange(first, end)
-    windows = windows_of(samples, counts, data.order, data.seed)
-    heads = [f"step {step}, sample {i}: train window {w}" for i, w in zip(samples, windows, strict=True)]
-    return _as_text(stream, windows, data.block_size, heads)
-
-
-def show_windows(root: Path, first: int, count: int, block_size: int) -> str:
-    """Windows ``first`` to ``first + count`` of the training split in file order as text, each under its number.
-
-    Raises:
-        ValueError: there are none.
-    """
-    stream = TokenStream(list_shards(root, "train"))
-    n_windows = len(stream) // block_size
-    if not 0 <= first < n_windows:
-        raise ValueError(
-            f"there is no train window {first} in {root}: it has 0 to {n_windows - 1} of {block_size} tokens"
-        )
-    windows = np.arange(first, min(first + count, n_windows))
-    return _as_text(stream, windows, block_size, [f"train window {window}" for window in windows])
-
-
-def _as_text(stream: TokenStream, windows: np.ndarray, block_size: int, heads: list[str]) -> str:
-    texts = map(_decoded, stream.windows(windows * block_size, block_size))
-    return "\n".join(f"── {head} ──\n{text}" for head, text in zip(heads, texts, strict=True))
+        raise ValueError(f"{paths[-1]} is not the config of a run: give a folder that `gpt2 fit` has left") from None
 
 
 def _decoded(tokens: np.ndarray) -> str:
