@@ -31,6 +31,7 @@ FLOORS = {
     "data.encode": 1,
     "data.prepare": 1,
     "data.show": 1,
+    "memory": 1,
     "evals.hellaswag": 1,
     "sharding": 2,
     "module": 2,

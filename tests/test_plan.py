@@ -17,10 +17,7 @@ from torch.nn import functional as F
 from gpt2_lightning.__main__ import main
 from gpt2_lightning.gpus import find_gpu, peak_flops
 from gpt2_lightning.loss import LinearCrossEntropy, chunk_of
-from gpt2_lightning.model import GPT, GPTConfig
-from gpt2_lightning.optim import AdamW, Muon, decay_groups
-from gpt2_lightning.plan import (
-    OPENAI_SHAPES,
+from gpt2_lightning.memory import (
     Step,
     activations_bytes,
     autocast_copies_bytes,
@@ -31,6 +28,9 @@ from gpt2_lightning.plan import (
     optimizer_bytes,
     recomputed_flops_per_token,
 )
+from gpt2_lightning.model import GPT, GPTConfig
+from gpt2_lightning.optim import AdamW, Muon, decay_groups
+from gpt2_lightning.plan import OPENAI_SHAPES
 
 RECIPES = Path(__file__).parents[1] / "configs"
 FP32, BF16 = Step(4, 4, cpu=True), Step(4, 2, cpu=True)
