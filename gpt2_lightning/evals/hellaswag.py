@@ -10,6 +10,7 @@ ending. GPT-2 124M scores 0.3114 acc_norm.
 
 import json
 import re
+import sys
 import threading
 from collections.abc import Iterable
 from contextlib import suppress
@@ -331,7 +332,10 @@ def _losses(model: GPT, questions: list[Question], batch_tokens: int, progress: 
     device = model.lm_head.weight.device
     order: list[int] = []
     parts: list[torch.Tensor] = []  # left on the device, so that the CPU packs the next batch while this one runs
-    with tqdm(total=len(questions), desc="HellaSwag", unit="row", disable=not progress) as bar:
+    interval = 0.5 if sys.stderr.isatty() else 10.0
+    with tqdm(
+        total=len(questions), desc="HellaSwag", unit="row", leave=False, mininterval=interval, disable=not progress
+    ) as bar:
         for packed in pack(questions, min(_SEQUENCE_LENGTH, batch_tokens), batch_tokens):
             batch = packed.to(device)
             hidden = model.hidden(batch.idx, batch.positions, batch.mask())
