@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from gpt2_lightning.model import GPT, GPTConfig
 from gpt2_lightning.optim import AdamW, Muon, decay_groups, orthogonalize
@@ -165,6 +167,24 @@ def test_every_parameter_is_in_one_group_and_what_is_1d_does_not_decay():
         assert grouped[name]["orthogonal"] == in_a_block, name
         assert grouped[name]["lr"] == (1e-3 if in_a_block else 2e-3), name
         assert grouped[name]["weight_decay"] == (0.1 if p.dim() == 2 else 0.0), name
+
+
+@settings(max_examples=30)
+@given(st.integers(1, 4), st.integers(1, 3), st.integers(1, 3), st.integers(1, 4), st.integers(1, 5), st.data())
+def test_biases_and_layernorms_do_not_decay_and_all_else_does_at_any_shape(layers, heads, size, T, V, data):
+    """By their names; also where a side of a matrix is 1 long. What wants no gradient is in no group."""
+    model = GPT(GPTConfig(T, V, layers, heads, heads * size))
+    names = [name for name, _ in model.named_parameters()]
+    frozen = data.draw(st.sets(st.sampled_from(names), max_size=3))
+    for name in frozen:
+        model.get_parameter(name).requires_grad = False
+    decayed, spared = decay_groups(model.named_parameters())
+    wanted = [name for name in names if name not in frozen]
+    assert spared["param_names"] == [n for n in wanted if n.rsplit(".", 2)[-2].startswith("ln_") or n.endswith("bias")]
+    assert decayed["param_names"] == [name for name in wanted if name not in spared["param_names"]]
+    assert (spared["weight_decay"], decayed.get("weight_decay")) == (0.0, None)
+    for group in (decayed, spared):
+        assert all(p is model.get_parameter(n) for n, p in zip(group["param_names"], group["params"], strict=True))
 
 
 def test_what_muon_cannot_take_is_refused():
