@@ -10,7 +10,8 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from gpt2_lightning.data.datamodule import TokenDataModule, WindowDataset, accumulation
+from gpt2_lightning.data.datamodule import TokenDataModule, WindowDataset
+from gpt2_lightning.data.order import accumulation
 from gpt2_lightning.data.shards import list_shards
 
 T, S, STEPS = 8, 12, 5  # tokens a window, samples and steps

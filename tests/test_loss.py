@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -27,6 +29,26 @@ def test_chunked_equals_plain_in_fp32(chunk_tokens, scale):
     chunked = _gradients(LinearCrossEntropy(chunk_tokens)(hidden, weight, targets), hidden, weight)
     for a, b in zip(plain, chunked, strict=True):
         assert (b - a).norm() <= 1e-5 * a.norm()
+
+
+@settings(max_examples=40)
+@given(
+    N=st.integers(1, 80), C=st.integers(1, 20), V=st.integers(1, 90), chunk=st.integers(1, 100), b=st.integers(1, 80)
+)
+def test_chunked_equals_plain_at_any_size_and_over_any_micro_batches(N, C, V, chunk, b):
+    """The mean of equal micro-batches' losses, whose gradients add up, is the loss of them all."""
+    hidden, weight, targets = _inputs(N, C, V)
+    plain = _gradients(F.cross_entropy(F.linear(hidden, weight), targets), hidden, weight)
+    b = next(size for size in range(min(b, N), 0, -1) if N % size == 0)
+    loss, losses = LinearCrossEntropy(chunk), []
+    for h, t in zip(hidden.split(b), targets.split(b), strict=True):
+        losses.append(loss(h, weight, t))
+        (losses[-1] * b / N).backward()
+    found = sum(losses) * b / N, hidden.grad, weight.grad
+    # 1e-5 of what they are sums of: where the terms cancel, as with a single column, their rounding is all there is
+    terms = torch.ones(()), weight.norm() / N, hidden.norm() / N
+    for a, f, t in zip(plain, found, terms, strict=True):
+        assert (f - a).norm() <= 1e-5 * (a.norm() + t)
 
 
 def test_chunked_under_bf16_autocast_is_as_close_to_fp32_as_the_plain_one():

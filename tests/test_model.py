@@ -5,6 +5,8 @@ import re
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from gpt2_lightning.model import GPT, GPTConfig
@@ -18,14 +20,19 @@ def model() -> GPT:
     return GPT(TINY)
 
 
-def test_no_logit_depends_on_a_later_token(model):
-    idx = torch.randint(0, 101, (2, 24))
+@settings(max_examples=25)
+@given(T=st.integers(1, 24), layers=st.integers(1, 3), heads=st.integers(1, 3), data=st.data())
+def test_a_logit_depends_on_each_token_up_to_its_own_and_on_no_later_one(T, layers, heads, data):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(24, 101, layers, heads, 8 * heads))
+    t = data.draw(st.integers(0, T - 1))
+    idx = torch.randint(0, 101, (2, T))
     changed = idx.clone()
-    changed[:, 10] = (idx[:, 10] + 1) % 101
+    changed[:, t] = (idx[:, t] + data.draw(st.integers(1, 100))) % 101
     with torch.no_grad():
         before, after = model(idx), model(changed)
-    assert torch.equal(before[:, :10], after[:, :10])
-    assert (before[:, 10:] != after[:, 10:]).any(dim=-1).all()  # and each from there on does
+    assert torch.equal(before[:, :t], after[:, :t])
+    assert (before[:, t:] != after[:, t:]).any(dim=-1).all()
 
 
 def test_head_and_embedding_are_one_parameter(model):

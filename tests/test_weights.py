@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
@@ -63,20 +66,31 @@ def logits(model: Any, idx: Tensor) -> Tensor:
     return out if isinstance(out, Tensor) else out.logits
 
 
-@pytest.mark.parametrize(
-    "shape",
-    [
-        {"n_positions": 31, "vocab_size": 101, "n_layer": 3, "n_head": 3, "n_embd": 39},
-        {"n_positions": 17, "vocab_size": 1009, "n_layer": 2, "n_head": 5, "n_embd": 35},
-    ],
+def hf_shape(block_size: int, vocab_size: int, n_layer: int, n_head: int, head_size: int) -> dict[str, int]:
+    shape = {"n_positions": block_size, "vocab_size": vocab_size, "n_layer": n_layer, "n_head": n_head}
+    return shape | {"n_embd": n_head * head_size}
+
+
+HF_SHAPES = st.builds(
+    hf_shape, st.integers(1, 40), st.integers(2, 300), st.integers(1, 4), st.integers(1, 5), st.integers(1, 9)
 )
-def test_forward_equals_transformers_at_odd_shapes(tmp_path: Path, shape: dict[str, int]) -> None:
+
+
+@settings(max_examples=25)
+@given(shape=HF_SHAPES, scale=st.floats(0.01, 5), B=st.integers(1, 3), data=st.data())
+@example(shape=hf_shape(17, 1009, 2, 5, 7), scale=0.2, B=3, data=None)
+@example(shape=hf_shape(31, 101, 3, 3, 13), scale=0.2, B=3, data=None)
+def test_forward_equals_transformers_at_any_shape(shape: dict[str, int], scale: float, B: int, data: Any) -> None:
     theirs = random_hf(**shape)
-    theirs.save_pretrained(tmp_path)
-    ours = load(tmp_path)
-    idx = ids_for(ours.config)
-    assert logits(theirs, idx).abs().max() > 1
-    assert (logits(ours, idx) - logits(theirs, idx)).abs().max() < 1e-5
+    ours = GPT(GPTConfig(shape["n_positions"], *list(shape.values())[1:])).eval()
+    with torch.no_grad():
+        for p in theirs.parameters():
+            p.add_(torch.randn_like(p) * scale)
+    assert not ours.load_state_dict(from_hf(theirs.state_dict()), strict=False).unexpected_keys
+    T = data.draw(st.integers(1, shape["n_positions"])) if data else shape["n_positions"]
+    idx = torch.randint(0, shape["vocab_size"], (B, T), generator=torch.Generator().manual_seed(3))
+    expected = logits(theirs, idx)
+    assert (logits(ours, idx) - expected).abs().max() < 1e-4 * expected.abs().max()  # as promised
 
 
 @pytest.mark.parametrize(("n_layer", "n_head"), [(12, 12), (24, 16), (36, 20), (48, 25)])
@@ -89,6 +103,30 @@ def test_forward_equals_transformers_at_the_structure_of_the_four_sizes(
     idx = ids_for(ours.config)
     expected = logits(theirs, idx)
     assert (logits(ours, idx) - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+@settings(max_examples=8)
+@given(shape=HF_SHAPES, format=st.sampled_from(["hf", "llmc"]), dtype=st.sampled_from(["fp32", "bf16"]))
+def test_an_export_comes_back_to_the_bit_at_any_shape(
+    tmp_path_factory: pytest.TempPathFactory, shape: dict[str, int], format: Any, dtype: Any
+) -> None:
+    tmp = tmp_path_factory.mktemp("export")
+    names = dict(zip(("block_size", "vocab_size", "n_layer", "n_head", "n_embd"), shape.values(), strict=True))
+    model = random_gpt(**names)
+    out = tmp / ("out" if format == "hf" else "out.bin")
+    export(write_checkpoint(model, tmp / "a.ckpt"), out, format, dtype)
+    back = load(out)
+    assert back.config == model.config
+    for name, p in model.named_parameters():
+        assert torch.equal(back.get_parameter(name), p if dtype == "fp32" else p.bfloat16().float()), name
+    idx = ids_for(model.config)
+    if format == "hf":
+        theirs = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+        expected = logits(back, idx)
+        assert (logits(theirs, idx) - expected).abs().max() < 1e-4 * expected.abs().max()
+    export(out, tmp / "again.bin", "llmc")
+    shutil.rmtree(out) if format == "hf" else out.unlink()
+    assert torch.equal(logits(load(tmp / "again.bin"), idx), logits(back, idx)), "from one format into the other"
 
 
 def test_hf_to_ours_to_hf_is_the_identity(tmp_path: Path) -> None:
