@@ -1,7 +1,9 @@
 """Generation: filters on literals; the cache, the batch and the window change the speed, never the text."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, TopKLogitsWarper, TopPLogitsWarper
 
 from gpt2_lightning import GPT, GPTConfig
 from gpt2_lightning.generate import (
@@ -27,10 +29,10 @@ from gpt2_lightning.tokenizer import END_OF_TEXT, VOCAB_SIZE, get_tokenizer
 INF = float("inf")
 
 
-def random_gpt(block_size: int = 16, vocab_size: int = 97) -> GPT:
+def random_gpt(block_size: int = 16, vocab_size: int = 97, n_layer: int = 3, n_head: int = 2, n_embd: int = 12) -> GPT:
     """Blocks that outweigh the embedding: a text that depends on all before it, and does not repeat one token."""
     torch.manual_seed(5)
-    model = GPT(GPTConfig(block_size, vocab_size, n_layer=3, n_head=2, n_embd=12)).eval()
+    model = GPT(GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd)).eval()
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn_like(p))
@@ -78,6 +80,31 @@ def test_filter_top_p_keeps_the_fewest_that_reach_p(p: float, kept: list[int]) -
     filtered = filter_top_p(probabilities.log(), p)
     assert filtered.isfinite().nonzero()[:, 1].tolist() == kept
     assert torch.equal(filtered[:, kept], probabilities.log()[:, kept])
+
+
+SEEDS = st.integers(0, 2**32 - 1)
+
+
+def drawn_logits(seed: int, rows: int, columns: int, scale: float = 1.0) -> Tensor:
+    return scale * torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+
+
+@settings(max_examples=50)
+@given(SEEDS, st.integers(1, 4), st.integers(1, 60), st.floats(0.01, 30), st.integers(1, 80), st.floats(0.01, 0.999))
+def test_the_filters_are_transformers_own(seed: int, rows: int, columns: int, scale: float, k: int, p: float) -> None:
+    logits = drawn_logits(seed, rows, columns, scale)
+    nothing: Any = None  # its filters do not look at the ids
+    assert torch.equal(filter_top_k(logits, k), TopKLogitsWarper(k)(nothing, logits))
+    assert torch.equal(filter_top_p(logits, p), TopPLogitsWarper(p)(nothing, logits))
+
+
+@settings(max_examples=50)
+@given(SEEDS, st.integers(1, 30), st.sampled_from([0.0, 1 - 2**-24]) | st.floats(0, 1 - 2**-24, width=32), st.data())
+def test_no_draw_picks_a_column_that_was_filtered(seed: int, columns: int, u: float, data: st.DataObject) -> None:
+    kept = data.draw(st.sets(st.integers(0, columns - 1), min_size=1))
+    logits = drawn_logits(seed, 1, columns, 20.0)
+    logits[:, [column for column in range(columns) if column not in kept]] = -INF
+    assert int(pick(logits, torch.tensor([u]))) in kept
 
 
 @pytest.mark.parametrize("p", [1e-45, 1e-9])
@@ -144,6 +171,54 @@ def test_greedy_text_equals_transformers_for_100_tokens_on_5_prompts() -> None:
         assert len(set(expected[0, len(ids) :].tolist())) > 5, "a text that repeats one token proves little"
         assert text == expected[0].tolist()
         assert generate(ours, torch.tensor([ids]), 100, top_k=1, stop=None).tolist() == expected.tolist()
+
+
+def plain_text(
+    model: GPT, prompt: Sequence[int], n: int, seed: int, temperature: float, top_k: int | None, top_p: float, stop: int
+) -> list[int]:
+    """One text alone, without a cache, in Python's numbers; it ends before ``stop``."""
+    generator, block_size, row = torch.Generator().manual_seed(seed), model.config.block_size, list(prompt)
+    for _ in range(n):
+        start = 0
+        while len(row) - start > block_size:
+            start += (block_size + 1) // 2
+        with torch.no_grad():
+            logits = [x / temperature for x in model(torch.tensor([row[start:]]))[0, -1, :VOCAB_SIZE].tolist()]
+        order = sorted(range(len(logits)), key=lambda token: -logits[token])[:top_k]
+        weights = {token: math.exp(logits[token] - logits[order[0]]) for token in order}
+        total, nucleus, mass = sum(weights.values()), [], 0.0
+        for token in order:
+            if mass < top_p:
+                nucleus.append(token)
+            mass += weights[token] / total
+        u, cumulated, token = float(torch.rand(1, generator=generator)), 0.0, -1
+        for token in sorted(nucleus):
+            cumulated += weights[token]
+            if cumulated > u * sum(weights[t] for t in nucleus):
+                break
+        if token == stop:
+            break
+        row.append(token)
+    return row
+
+
+@settings(max_examples=30)
+@given(data=st.data())
+def test_any_text_is_that_of_a_plain_loop_with_and_without_the_cache(data: st.DataObject) -> None:
+    draw = data.draw
+    heads, block_size = draw(st.integers(1, 3)), draw(st.integers(1, 20))
+    model = random_gpt(block_size, draw(st.integers(20, 90)), draw(st.integers(1, 3)), heads, 6 * heads)
+    prompt = st.lists(st.integers(0, 19), min_size=1, max_size=block_size)
+    prompts = draw(st.lists(prompt, min_size=1, max_size=4))
+    n, seed, stop = draw(st.integers(0, 3 * block_size)), draw(st.integers(0, 2**40)), draw(st.integers(0, 19))
+    temperature, top_k = draw(st.floats(0.1, 3)), draw(st.none() | st.integers(1, 30))
+    top_p = draw(st.just(1.0) | st.floats(0.05, 1))
+    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed, "stop": stop}
+    expected = [
+        plain_text(model, prompt, n, seed + i, temperature, top_k, top_p, stop) for i, prompt in enumerate(prompts)
+    ]
+    for use_cache in (True, False):
+        assert generate(model, prompts, n, use_cache=use_cache, **options) == expected
 
 
 @pytest.mark.parametrize("top_k", [1, 5, None])
@@ -227,6 +302,27 @@ def test_ids_of_the_padding_never_come_out_even_if_they_would_win(top_k: int | N
     logits[VOCAB_SIZE - 3 : VOCAB_SIZE - 1] = 50.0
     rows = generate(constant_gpt(logits), [[1]] * 20, 5, top_k=top_k, seed=0)
     assert {token for row in rows for token in row[1:]} <= {VOCAB_SIZE - 3, VOCAB_SIZE - 2}
+
+
+@settings(max_examples=15)
+@given(
+    seed=SEEDS,
+    scale=st.floats(0, 100),
+    lead=st.floats(-1000, 1000),
+    rows=st.integers(VOCAB_SIZE, 50304),
+    temperature=st.floats(0.01, 100),
+    top_k=st.none() | st.integers(1, 60_000),
+    top_p=st.none() | st.floats(0.001, 1),
+)
+def test_padding_of_any_size_and_weight_changes_no_draw(
+    seed: int, scale: float, lead: float, rows: int, temperature: float, top_k: int | None, top_p: float | None
+) -> None:
+    logits = drawn_logits(seed, 1, rows, scale)[0]
+    logits[VOCAB_SIZE:] += lead
+    options: Any = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed, "stop": None}
+    texts = [generate(constant_gpt(part), [[1], [2, 3]], 3, **options) for part in (logits, logits[:VOCAB_SIZE])]
+    assert texts[0] == texts[1]
+    assert max(max(row) for row in texts[0]) < VOCAB_SIZE
 
 
 def test_a_text_stops_at_the_end_of_text_by_default() -> None:

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from gpt2_lightning.evals import hellaswag
@@ -148,6 +150,85 @@ def test_harness_style_is_its_loop_over_transformers_gpt2(size: int) -> None:
         assert row.prediction == sums.index(max(sums))
         assert row.prediction_norm == per_character.index(max(per_character))
     assert any(row.prediction != row.prediction_norm for row in rows)
+
+
+PIECES = (
+    "a",
+    "He",
+    "é",
+    "漢",
+    "🙂",
+    "'s",
+    "12",
+    "[step]",
+    "[",
+    "]",
+    " [title]",
+    ".",
+    " ",
+    "  ",
+    "\n",
+    "walks away",
+    "…",
+)
+TEXTS = st.lists(st.sampled_from(PIECES), max_size=8).map("".join)
+ROWS = st.builds(
+    Example,
+    TEXTS.filter(bool),
+    st.lists(TEXTS, min_size=4, max_size=4).map(tuple)
+    | st.lists(TEXTS, min_size=2, max_size=2).map(lambda t: (*t, *t)),
+    st.integers(0, 3),
+    TEXTS,
+    TEXTS,
+    TEXTS,
+)
+
+
+@settings(max_examples=15)
+@given(
+    rows=st.lists(ROWS, min_size=1, max_size=5),
+    style=st.sampled_from(["nanogpt", "harness"]),
+    room=st.integers(0, 40),
+    world_size=st.integers(1, 4),
+    batch_tokens=st.integers(1, 300),
+)
+def test_any_rows_in_any_batches_on_any_ranks_score_as_each_ending_does_alone(
+    rows: list[Example], style: hellaswag.Style, room: int, world_size: int, batch_tokens: int
+) -> None:
+    """``room``: of the context, beside the longest ending; what does not fit loses its beginning."""
+    encode = get_tokenizer().encode_ordinary
+    plans = []
+    for row in rows:
+        context, endings = render(row, style)
+        if style == "nanogpt":
+            plans.append((encode(context), [encode(" " + ending) for ending in endings], None))
+        else:
+            start = encode(context.rstrip())
+            wholes = [encode(f"{context} {ending}")[len(start) :] for ending in endings]
+            plans.append((start or [50256], wholes, [len(ending) for ending in endings]))
+    size = max(len(ending) for _, endings, _ in plans for ending in endings) + room
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(size, 50304, 1, 2, 8))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.5)
+    expected = []
+    for context, endings, characters in plans:
+        sums = [log_likelihood(model, context, ending) for ending in endings]
+        lengths = characters or [len(ending) for ending in endings]
+        means = [ll / n if n else -float("inf") for ll, n in zip(sums, lengths, strict=True)]
+        expected.append((sums, sums.index(max(sums)), means.index(max(means))))
+    examples, score = Examples(tuple(rows), ""), Score()
+    for rank in range(world_size):
+        found = score_rows(model, examples, style, rank=rank, world_size=world_size, batch_tokens=batch_tokens)
+        assert [row.index for row in found] == list(range(rank, len(rows), world_size))
+        for row in found:
+            sums, prediction, prediction_norm = expected[row.index]
+            assert row.log_likelihoods == pytest.approx(sums, rel=1e-5)  # fp32 over other shapes
+            assert (row.prediction, row.prediction_norm) == (prediction, prediction_norm)
+        score += Score.of(found)
+    right = [(p == row.label, n == row.label) for row, (_, p, n) in zip(rows, expected, strict=True)]
+    assert score == Score(len(rows), sum(p for p, _ in right), sum(n for _, n in right))
 
 
 def test_harness_words_a_row_as_its_process_docs_does() -> None:
