@@ -66,7 +66,7 @@ def _json_lines(path: Path, text_column: str, start: int) -> Iterator[tuple[Valu
 def _json_text(line: bytes, text_column: str) -> Value:
     try:
         values = json.loads(line.decode("utf-8-sig", "surrogateescape"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"is not JSON ({error}): correct or remove it") from error
     if not isinstance(values, dict):
         raise ValueError('is not an object such as {"text": "…"}: correct or remove it')

@@ -11,6 +11,8 @@ import numpy as np
 from gpt2_lightning.data.sources import CHUNK_BYTES, Chunk, Cursor
 from gpt2_lightning.tokenizer import END_OF_TEXT, get_tokenizer
 
+COUNTED = ("kept", "null", "empty", "replaced")
+"""What becomes of documents."""
 VAL_EVERY = 100
 """Of any source but FineWeb-EDU, documents 0, 100, 200 … are held out: two documents make two splits."""
 IN_FLIGHT_CHUNKS = 64  # ≈ 16 MB of text ahead of the writer: the tokenizer goes on while a shard is hashed and synced
@@ -49,7 +51,7 @@ class Batch:
 
 
 def _clean(chunk: Chunk, first: int) -> Batch:
-    texts, counts = [], {"kept": 0, "null": 0, "empty": 0, "replaced": 0}
+    texts, counts = [], dict.fromkeys(COUNTED, 0)
     for value in chunk.values:
         text = value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else value
         if text is None or not text or text.isspace():

@@ -17,22 +17,25 @@ from typing import Any, Literal
 import numpy as np
 from tqdm import tqdm
 
-from gpt2_lightning.data.encode import VAL_EVERY, add_counts, batches_of, tokenized
+from gpt2_lightning.data.encode import COUNTED, VAL_EVERY, add_counts, batches_of, tokenized
 from gpt2_lightning.data.shards import (
     Manifest,
     ShardEntry,
     Split,
     check_sizes,
     find_shards,
+    not_to_be_trusted,
     read_manifest,
     write_manifest,
     write_shard,
 )
-from gpt2_lightning.data.sources import Source, canonical, local_bytes, open_source
+from gpt2_lightning.data.sources import Source, canonical, local_bytes, open_source, pinned
 from gpt2_lightning.lock import try_lock
 from gpt2_lightning.tokenizer import RANKS_SHA256
 
 LOCK_NAME = ".lock"
+MOST_SHARD_TOKENS = 2**31 - 1
+"""4 GB; llm.c's header has no room for a larger number."""
 
 # -- tokens to shards --------------------------------------------------------------------------------------------------
 
@@ -86,10 +89,13 @@ class _Shards:
 
     def load(self, count: int) -> None:
         """Go on from the first ``count`` saved tokens."""
-        tokens = np.fromfile(self.part, dtype=np.uint16, count=count) if count else self.buffer[:0]
-        if len(tokens) < count:
+        if count == 0:
+            self.part.unlink(missing_ok=True)  # of a run that was cut before its first manifest
+            return
+        size = self.part.stat().st_size if self.part.is_file() and not self.part.is_symlink() else 0
+        if size < 2 * count or count > len(self.buffer):
             raise ValueError(f"{self.part} is cut short: delete the folder {self.root} and prepare it again")
-        self.saved = self.take(tokens)
+        self.saved = self.take(np.fromfile(self.part, dtype=np.uint16, count=count))
 
 
 # -- the command -------------------------------------------------------------------------------------------------------
@@ -115,6 +121,7 @@ def prepare(
 
     Args:
         source: ``stdlib``, ``fineweb-edu``, ORG/NAME on the hub, or files; see `open_source`, as for the next three.
+            ``ORG/NAME@REVISION`` is ORG/NAME at that revision.
         out: the folder; made if there is none.
         name: configuration of a hub dataset.
         text_column: the column or key that holds the text.
@@ -131,12 +138,16 @@ def prepare(
     out = Path(out)
     if shard_tokens < 1 or (workers is not None and workers < 1) or format not in ("npy", "bin"):
         raise ValueError("shard_tokens and workers must be 1 or more, and format npy or bin")
+    if shard_tokens > MOST_SHARD_TOKENS:
+        raise ValueError(f"shard_tokens is {shard_tokens}: give at most {MOST_SHARD_TOKENS}, a shard is held in memory")
+    source, revision = pinned(source, revision)
     where, name = canonical(source, name)
     options: dict[str, Any] = {"source": where, "name": name, "revision": revision, "text_column": text_column}
     options |= {"shard_tokens": shard_tokens, "format": format}
     try:
         manifest = _matching(out, options)
-        if manifest is None or not manifest.complete or (out / LOCK_NAME).exists():
+        left_locked = (out / LOCK_NAME).exists() and os.access(out, os.W_OK)  # else it is another user's, to be read
+        if manifest is None or not manifest.complete or left_locked:
             out.mkdir(parents=True, exist_ok=True)
             with _lock(out):
                 manifest = _matching(out, options)  # anew: we may have waited for another process to make it
@@ -168,7 +179,9 @@ def ensure_prepared(source: str | list[str], root: Path) -> None:
         if not find_shards(Path(root)):
             prepare(source, root)
     else:
-        prepare(source, root, **{key: value for key, value in manifest.options.items() if key != "source"})
+        left_out = {"source"} if pinned(source)[1] is None else {"source", "revision"}
+        options = _options_of(root, manifest)
+        prepare(source, root, **{key: value for key, value in options.items() if key not in left_out})
 
 
 def _cores() -> int:
@@ -184,23 +197,52 @@ def _matching(out: Path, options: dict[str, Any]) -> Manifest | None:
         raise ValueError(
             f"{out} holds shards without a manifest: they can be read, but not added to; choose another --out"
         )
-    asked = options if options["revision"] is not None else options | {"revision": manifest.options["revision"]}
-    _refuse_other(out, manifest.options, asked)
+    there = _options_of(out, manifest)
+    same = options["revision"] in (None, manifest.source.get("revision"))  # the commit that was found is as good a name
+    _refuse_other(out, there, options | {"revision": there["revision"]} if same else options)
     return manifest
+
+
+def _options_of(out: Path, manifest: Manifest) -> dict[str, Any]:
+    """What the folder was asked to be made with; `ValueError` where its manifest does not tell."""
+    kinds: dict[str, Any] = {"source": str | list, "name": str | None, "revision": str | None, "text_column": str}
+    kinds |= {"shard_tokens": int, "format": str}
+    options = manifest.options
+    if options.keys() != kinds.keys() or not all(isinstance(options[key], kind) for key, kind in kinds.items()):
+        raise not_to_be_trusted(out, "its options are not those of gpt2 prepare")
+    return options
+
+
+def _resume_of(out: Path, manifest: Manifest) -> dict[str, Any]:
+    """Where an unfinished preparation goes on; `ValueError` where its manifest does not tell."""
+    resume, documents = manifest.resume, manifest.documents
+    assert resume is not None
+    cursor = resume.get("cursor")
+    counts = [count for name, count in resume.items() if name != "cursor"] + [*documents.values()]
+    if isinstance(cursor, dict):
+        counts += cursor.values()
+    if (
+        bool(cursor) != bool(manifest.shards)  # at the beginning there is none
+        or not isinstance(cursor, dict | None)
+        or resume.keys() != {"cursor", "skip", "train_shard", "val_shard", "val_tokens"}
+        or documents.keys() != set(COUNTED)
+        or any(type(count) is not int or count < 0 for count in counts)
+    ):
+        raise not_to_be_trusted(out, "it does not tell where to go on")
+    return resume
 
 
 def _refuse_other(out: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
     different = [f"{key} is {there.get(key)} there and {here[key]} here" for key in here if there.get(key) != here[key]]
     if different:
-        raise ValueError(
-            f"{out} holds shards made otherwise ({'; '.join(different)}): choose another folder, or delete this one"
-        )
+        what = " ".join("; ".join(different).split())  # one line, whatever stands there
+        raise ValueError(f"{out} holds shards made otherwise ({what}): choose another folder, or delete this one")
 
 
 @contextlib.contextmanager
 def _lock(root: Path) -> Iterator[None]:
     """Holds ``root`` against other processes. The lock is the system's: it goes with its process, however that ends."""
-    with (root / LOCK_NAME).open("wb") as file:
+    with (root / LOCK_NAME).open("ab") as file:
         if not try_lock(file, of_process=False):
             print(f"another process is preparing {root}: waiting for it to end", file=sys.stderr)
             while not try_lock(file, of_process=False):
@@ -224,21 +266,23 @@ def _prepare(
     identity = source.identity()
     if manifest is None:
         split = f"every {VAL_EVERY}th document is val, from the first on" if hold_out else "the first shard is val"
-        documents = {"kept": 0, "null": 0, "empty": 0, "replaced": 0}
+        documents = dict.fromkeys(COUNTED, 0)
         start = {"cursor": None, "skip": 0, "train_shard": int(hold_out), "val_shard": 0, "val_tokens": 0}
         manifest = Manifest(identity, RANKS_SHA256, options, split, documents, (), start)
         write_manifest(out, manifest)
     _refuse_other(out, manifest.source | {"tokenizer": manifest.tokenizer}, identity | {"tokenizer": RANKS_SHA256})
-    assert manifest.resume is not None
-
-    resume = manifest.resume
+    resume = _resume_of(out, manifest)
     train = _Shards(out, source.label, "train", resume["train_shard"], options)
     val = _Shards(out, source.label, "val", resume["val_shard"], options)
     val.load(resume["val_tokens"])
     entries, documents, skip = list(manifest.shards), manifest.documents, resume["skip"]
     done = sum(entry.tokens for entry in entries) + val.filled
 
-    batches = batches_of(source.read(resume["cursor"]), first=documents["kept"])
+    try:
+        chunks = source.read(resume["cursor"])
+    except TypeError:  # a place of another kind of source
+        raise not_to_be_trusted(out, "it does not tell where to go on") from None
+    batches = batches_of(chunks, first=documents["kept"])
     with _progress_bar(done, progress) as bar:
         for batch, train_tokens, val_tokens in tokenized(batches, hold_out, workers):
             before, documents = documents, add_counts(documents, batch.counts)

@@ -21,6 +21,7 @@ import numpy as np
 Split = Literal["train", "val"]
 
 BIN_MAGIC, BIN_VERSION, BIN_HEADER_BYTES = 20240520, 1, 256 * 4  # llm.c's: 256 int32, then the tokens
+NPY_HEADER_BYTES = 12 + 10_000  # magic, version, length; numpy takes no header of more than 10,000 characters
 MANIFEST_NAME = "manifest.json"
 MANIFEST_VERSION = 1
 MAX_OPEN_SHARDS = (
@@ -39,8 +40,9 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     On any error the half-written file is removed, which also gives its space back. One writer per path at a time.
     """
     temporary = path.with_name(f".{path.name}.tmp")
+    temporary.unlink(missing_ok=True)  # of a writer that was killed
     try:
-        with temporary.open("wb") as file:
+        with temporary.open("xb") as file:  # never through a link that somebody laid there
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -110,14 +112,20 @@ def list_shards(root: Path, split: Split) -> list[Path]:
 
 
 def _npy_layout(file: BinaryIO) -> tuple[int, int]:
-    version = np.lib.format.read_magic(file)
-    read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, _, dtype = read_header(file)
+    head = io.BytesIO(file.read(NPY_HEADER_BYTES))  # of the file itself numpy reads what a header asks for, up to 4 GB
+    try:
+        version = np.lib.format.read_magic(head)
+        if version not in ((1, 0), (2, 0), (3, 0)):
+            raise ValueError
+        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read_header(head)
+    except Exception:  # what a damaged header raises depends on the byte: SyntaxError, IndexError, MemoryError, …
+        raise ValueError("it does not begin with the header of a .npy file") from None
     if dtype != np.dtype("<u2"):
         raise ValueError(f"its tokens are {dtype}, not little-endian uint16")
     if len(shape) != 1:
         raise ValueError(f"its array has {len(shape)} dimensions, not 1")
-    return file.tell(), shape[0]
+    return head.tell(), int(shape[0])
 
 
 def _bin_layout(file: BinaryIO) -> tuple[int, int]:
@@ -138,6 +146,8 @@ def open_shard(path: Path) -> np.ndarray:
     """
     path = Path(path)
     try:
+        if path.exists() and not path.is_file():
+            raise ValueError("it is no file")  # nobody may ever write into a pipe
         with path.open("rb") as file:
             offset, count = _npy_layout(file) if path.suffix == ".npy" else _bin_layout(file)
             size = file.seek(0, io.SEEK_END)
@@ -253,14 +263,36 @@ def read_manifest(root: Path) -> Manifest | None:
             raise ValueError("another version wrote it")
         shards = tuple(ShardEntry(**shard) for shard in values.pop("shards"))
         manifest = Manifest(shards=shards, **values)
-        for shard in shards:  # a name with a separator in it could lead out of the folder, on this or on another system
-            if not re.fullmatch(r"[\w.-]+", shard.file) or not _split_of(shard.file):
-                raise ValueError(f"{shard.file!r} is not a shard's name")
+        _require_kinds(manifest)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path} cannot be read ({error}): prepare into another folder, or delete this one") from error
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise not_to_be_trusted(root, " ".join(str(error).split())) from error
     return manifest
+
+
+def not_to_be_trusted(root: Path, reason: str) -> ValueError:
+    """What to raise where a folder's manifest makes no sense."""
+    return ValueError(
+        f"{Path(root) / MANIFEST_NAME} cannot be read ({reason}): prepare into another folder, or delete this one"
+    )
+
+
+def _require_kinds(manifest: Manifest) -> None:
+    kinds = {"source": dict, "tokenizer": str, "options": dict, "split": str, "documents": dict, "resume": dict | None}
+    for name, kind in kinds.items():
+        if not isinstance(getattr(manifest, name), kind):  # type: ignore[arg-type]
+            raise ValueError(f"its {name} is a {type(getattr(manifest, name)).__name__}")
+    for shard in manifest.shards:
+        # a name with a separator in it could lead out of the folder, on this or on another system
+        if not re.fullmatch(r"[\w.-]+", shard.file) or not _split_of(shard.file):
+            raise ValueError(f"{shard.file!r} is not a shard's name")
+        if type(shard.tokens) is not int or shard.tokens < 1:
+            raise ValueError(f"{shard.file} has {shard.tokens!r} tokens there")
+        if not re.fullmatch("[0-9a-f]{64}", shard.sha256):
+            raise ValueError(f"{shard.file} has {shard.sha256!r} there, which is no sha256")
+    if len({shard.file for shard in manifest.shards}) < len(manifest.shards):
+        raise ValueError("it lists a shard twice")
 
 
 def _wrong_names(root: Path, manifest: Manifest) -> list[str]:

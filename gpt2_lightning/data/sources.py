@@ -82,6 +82,22 @@ def canonical(source: str | list[str], name: str | None = None) -> tuple[str | l
     return (Path(source).name if _is_local(source) else source), name
 
 
+def pinned(source: str | list[str], revision: str | None = None) -> tuple[str | list[str], str | None]:
+    """``ORG/NAME@REVISION`` taken apart; another source as it is.
+
+    Raises:
+        ValueError: ``revision`` is another one.
+    """
+    if isinstance(source, list):
+        return pinned(source[0], revision) if len(source) == 1 else (source, revision)
+    name, _, its_revision = source.partition("@")
+    if not its_revision or _is_local(source):
+        return source, revision
+    if revision not in (None, its_revision):
+        raise SourceError(f"{source} names one revision and --revision {revision} another: leave one of them out")
+    return name, its_revision
+
+
 def open_source(
     source: str | list[str], *, name: str | None = None, text_column: str = "text", revision: str | None = None
 ) -> Source:

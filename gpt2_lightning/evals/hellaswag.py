@@ -110,8 +110,9 @@ def _parse_lines(text: str, source: str) -> tuple[Example, ...]:
         if line.strip():
             try:
                 record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{source}, line {number} is not HellaSwag: not JSON ({error.msg})") from None
+            except (ValueError, RecursionError) as error:  # ValueError: a number of thousands of digits, too
+                reason = getattr(error, "msg", error)
+                raise ValueError(f"{source}, line {number} is not HellaSwag: not JSON ({reason})") from None
             rows.append(_parse(record, f"{source}, line {number}"))
     if not rows:
         raise ValueError(f"{source} has no rows: give a HellaSwag .jsonl")
@@ -128,11 +129,16 @@ def _parse(record: Any, where: str) -> Example:
         raise ValueError(f"{where} is not HellaSwag: ctx must be a text that is not empty")
     if not isinstance(endings, list) or len(endings) != 4 or not all(isinstance(ending, str) for ending in endings):
         raise ValueError(f"{where} is not HellaSwag: endings must be a list of four texts")
-    if str(label) not in ("0", "1", "2", "3"):  # the hub has them as strings
-        raise ValueError(f"{where}: label is {label!r}, and must be 0, 1, 2 or 3 (the test split has none: take val)")
+    if not isinstance(label, int | str) or str(label) not in ("0", "1", "2", "3"):  # the hub has them as strings
+        given = repr(label) if isinstance(label, int | str | float | None) else f"a {type(label).__name__}"
+        raise ValueError(
+            f"{where}: label is {given[:40]}, and must be 0, 1, 2 or 3 (the test split has none: take val)"
+        )
     optional = {field: record.get(field) for field in ("activity_label", "ctx_a", "ctx_b")}
     if wrong := [field for field, value in optional.items() if not isinstance(value, str | None)]:
         raise ValueError(f"{where} is not HellaSwag: {', '.join(wrong)} must be text")
+    if re.search("[\ud800-\udfff]", "".join([ctx, *endings, *(text or "" for text in optional.values())])):
+        raise ValueError(f"{where} is not HellaSwag: its text holds half of a surrogate pair, which is no character")
     return Example(ctx=ctx, endings=tuple(endings), label=int(label), **optional)
 
 
