@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in ``path``; a ``ValueError`` where there is none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON ({error}): it is damaged") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} does not hold a JSON object: it is damaged")
@@ -109,8 +110,12 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
     index = read_json(folder / name)
     if not isinstance(index.get("weight_map"), dict):
         raise ValueError(f"{folder / name} has no weight_map: it is damaged")
+    shards = index["weight_map"].values()
+    for shard in shards:  # a name with a separator in it could lead out of the folder
+        if not isinstance(shard, str) or not re.fullmatch(r"\w[\w.-]*", shard):
+            raise ValueError(f"{folder / name} lists {shard!r}, which is no file's name: it is damaged")
     state: dict[str, Tensor] = {}
-    for shard in sorted(set(index["weight_map"].values())):
+    for shard in sorted(set(shards)):
         if not (folder / shard).is_file():
             raise ValueError(f"{folder / shard} is missing, although {name} lists it: fetch the model again")
         state |= _read_weight_file(folder / shard)
@@ -155,7 +160,7 @@ def download(name: str, revision: str | None) -> Path:
         ValueError: there is no such model, or no connection to the hub.
     """
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
         folder = Path(
@@ -169,10 +174,11 @@ def download(name: str, revision: str | None) -> Path:
             snapshot_download(
                 name, revision=revision, allow_patterns=["pytorch_model*.bin", "pytorch_model.bin.index.json"]
             )
-    except (OSError, HfHubHTTPError) as error:
+    except (OSError, HfHubHTTPError, HFValidationError) as error:
         reason = str(error).splitlines()[0]
+        of = f" at revision {revision}" if revision else ""
         raise ValueError(
-            f"{name} is no path here, and the Hugging Face hub does not give it ({reason}): check the name and the "
+            f"{name} is no path here, and the Hugging Face hub does not give it{of} ({reason}): check the name and the "
             "connection, or give a folder"
         ) from None
     return folder

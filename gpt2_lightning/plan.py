@@ -148,8 +148,9 @@ def shape_of(model: Any) -> GPTConfig:
         return GPTConfig(**vars(model.config))
     if model.init_from is None:
         return GPTConfig()
-    if model.init_from in OPENAI_SHAPES:
-        return OPENAI_SHAPES[model.init_from]
+    name = model.init_from.partition("@")[0]  # without the revision
+    if name in OPENAI_SHAPES:
+        return OPENAI_SHAPES[name]
     if not Path(model.init_from).exists():
         raise ValueError(
             f"the shape of model.init_from={model.init_from} is not known: give a path, one of "
@@ -226,7 +227,7 @@ def tokens_of(root: str, source: str | list[str] | None) -> tuple[int | None, st
         return manifest.tokens("train"), root
     if manifest is None and find_shards(folder):
         return sum(len(open_shard(path)) for path in list_shards(folder, "train")), root
-    if source == "fineweb-edu":
+    if isinstance(source, str) and source.partition("@")[0] == "fineweb-edu":
         return FINEWEB_EDU_TOKENS, "fineweb-edu, not prepared yet"
     return None, f"{root} is not prepared yet"
 

@@ -12,7 +12,7 @@ from gpt2_lightning.model import GPT, GPTConfig
 from gpt2_lightning.run_folder import read_run
 
 _SHAPE = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")
-_HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
+_HUB_NAME = re.compile(r"(\w[\w.-]*(?:/\w[\w.-]*)?)(?:@(\w[\w./-]*))?", re.ASCII)  # and a revision
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _ZIP_MAGIC = b"PK\x03\x04"  # torch.save writes a zip archive
 
@@ -44,8 +44,13 @@ def load(name_or_path: str | Path, *, revision: str | None = None) -> GPT:
                 f"{path} is neither a checkpoint of gpt2_lightning nor an llm.c file: give one of those, or the folder "
                 "that holds a Hugging Face model's config.json"
             )
-    elif isinstance(name_or_path, str) and _HUB_NAME.fullmatch(name_or_path) and path.suffix not in (".ckpt", ".bin"):
-        config, state = hf.read_folder(hf.download(name_or_path, revision))
+    elif isinstance(name_or_path, str) and (
+        (match := _HUB_NAME.fullmatch(name_or_path)) and path.suffix not in (".ckpt", ".bin")
+    ):
+        name, pinned = match.groups()
+        if pinned and revision not in (None, pinned):
+            raise ValueError(f"{name_or_path} and revision={revision} are two revisions: leave one of them out")
+        config, state = hf.read_folder(hf.download(name, pinned or revision))
     else:
         raise ValueError(f"{path} does not exist: give a checkpoint, a model folder, or a hub name such as gpt2")
     return _build(config, state, path)
@@ -105,7 +110,11 @@ def _read_checkpoint(path: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
     if shape is None:
         raise ValueError(f"{path} is no checkpoint of gpt2_lightning: it lacks state_dict or hyper_parameters.config")
     prefix = "model."
-    state = {name.removeprefix(prefix): t for name, t in checkpoint["state_dict"].items() if name.startswith(prefix)}
+    state = {
+        name.removeprefix(prefix): t
+        for name, t in checkpoint["state_dict"].items()
+        if isinstance(t, Tensor) and str(name).startswith(prefix)
+    }
     state.pop("lm_head.weight", None)  # tied to transformer.wte.weight
     return GPTConfig(**shape), state
 
@@ -115,22 +124,30 @@ def _shape_in(checkpoint: Any) -> dict[str, int] | None:
         checkpoint["state_dict"].items()
         shape = checkpoint["hyper_parameters"]["config"]
         return {name: int(shape[name]) for name in _SHAPE}
-    except (KeyError, TypeError, AttributeError, IndexError):
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError, IndexError):
         return None
 
 
 def _build(config: GPTConfig, state: dict[str, Tensor], source: Path) -> GPT:
     """A GPT that holds ``state``, which names each parameter once (the tied head not at all)."""
+
+    def require(name: str, *shape: int) -> None:
+        if name not in state:
+            raise ValueError(f"{source} lacks {name}: it is damaged, or its shape is not {config}")
+        if tuple(state[name].shape) != shape:
+            raise ValueError(
+                f"{source}: {name} is {tuple(state[name].shape)} where {config} asks for {shape}: "
+                "the file is damaged, or its configuration belongs to other weights"
+            )
+
+    # first what tells the whole shape: a damaged one may ask for a network that takes hours to set up
+    require("transformer.wte.weight", config.vocab_size, config.n_embd)
+    require("transformer.wpe.weight", config.block_size, config.n_embd)
+    require(f"transformer.h.{config.n_layer - 1}.ln_1.weight", config.n_embd)
     with torch.device("meta"):  # no memory and no random numbers for an initialisation that nobody sees
         model = GPT(config)
     for name, parameter in model.named_parameters():
-        if name not in state:
-            raise ValueError(f"{source} lacks {name}: it is damaged, or its shape is not {config}")
-        if state[name].shape != parameter.shape:
-            raise ValueError(
-                f"{source}: {name} is {tuple(state[name].shape)} where {config} asks for {tuple(parameter.shape)}: "
-                "the file is damaged, or its configuration belongs to other weights"
-            )
+        require(name, *parameter.shape)
     if extra := sorted(state.keys() - dict(model.named_parameters()).keys()):
         raise ValueError(f"{source} holds {extra[0]}, for which GPT-2 has no place: it is another architecture")
     # copies, so that the model outlives the memory-mapped file

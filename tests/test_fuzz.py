@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, Phase, assume, example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -37,6 +38,7 @@ from gpt2_lightning.data.shards import (
 from gpt2_lightning.evals.hellaswag import Example, Examples, load_examples, score_rows
 from gpt2_lightning.model import GPT, GPTConfig
 from gpt2_lightning.tokenizer import get_tokenizer
+from gpt2_lightning.weights import load
 
 T = TypeVar("T")
 SUFFIXES = [".npy", ".bin"]
@@ -512,6 +514,31 @@ def test_a_preparation_goes_on_from_a_manifest_that_makes_sense_or_refuses(
     if unless_refused(go_on, root):
         verify(root)
         assert trained_on(root) == ASKED
+
+
+# -- weights -----------------------------------------------------------------------------------------------------------
+
+SHAPE = {"block_size": 6, "vocab_size": 11, "n_layer": 2, "n_head": 1, "n_embd": 4}
+SMALL = GPT(GPTConfig(**SHAPE))
+
+
+@fuzz(80)
+@given(st.data())
+def test_weights_open_in_their_own_shape_alone(folder: Path, data: st.DataObject) -> None:
+    """Above all no network is built on the word of a number: one of 10⁹ layers would take days to refuse."""
+    numbers = st.integers(-1, 12) | st.sampled_from([10**9, 2**31, 2**62, 2**63, 10**30, 0.5, float("inf"), "4", None])
+    shape: dict[str, Any] = SHAPE | {data.draw(st.sampled_from(sorted(SHAPE))): data.draw(numbers)}
+    state: dict[Any, Any] = {f"model.{name}": tensor for name, tensor in SMALL.state_dict().items()}
+    if data.draw(st.booleans()):
+        state |= {
+            data.draw(st.sampled_from([*state, 7, "x"])): data.draw(st.sampled_from([None, 3, "x", torch.ones(2)]))
+        }
+    path = folder / "a.ckpt"
+    torch.save({"state_dict": state, "hyper_parameters": {"config": shape}}, path)
+    model = unless_refused(lambda: load(path), "")
+    if model is not None:
+        assert (model.config.n_layer, model.config.n_embd) == (2, 4)
+        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), SMALL.parameters(), strict=True))
 
 
 # -- HellaSwag ---------------------------------------------------------------------------------------------------------

@@ -91,8 +91,8 @@ class TokenDataModule(LightningDataModule):
 
     Args:
         root: folder of the shards; those that are missing are prepared from ``source`` first.
-        source: fineweb-edu, stdlib (the running Python's standard library), ORG/NAME on the Hugging Face hub, or local
-            .txt, .jsonl and .parquet files; null takes the shards in ``root`` as they are.
+        source: fineweb-edu, stdlib (the running Python's standard library), ORG/NAME[@REVISION] on the hub, or
+            local .txt, .jsonl and .parquet files; null takes the shards in ``root`` as they are.
         order: sequential reads the shards front to back; shuffled permutes their windows, each epoch anew.
         seed: of that order.
         total_batch_tokens: tokens per optimizer step, over all devices and micro-batches.
