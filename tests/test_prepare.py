@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import random
 import subprocess
 import sys
 import threading
@@ -14,6 +15,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from gpt2_lightning.data import prepare as prepare_module
 from gpt2_lightning.data import shards, sources
@@ -160,6 +163,59 @@ def test_fineweb_edu_has_build_nanogpt_s_names_and_layout(
         assert tokens.tolist() == everything[1000 * number : 1000 * (number + 1)]
     with pytest.raises(ValueError, match="fills no train shard"):
         _make("fineweb-edu", tmp_path / "short", shard_tokens=10**6)
+
+
+WORDS = ("a", " dog", "\n\n", " 漢字", "🙂", "<|endoftext|>", " 2024", "\t", "é")
+
+
+@settings(max_examples=25)
+@given(
+    count=st.integers(2, 250),
+    words=st.integers(1, 40),
+    shard_tokens=st.integers(1, 40) | st.integers(40, 2000),
+    options=st.fixed_dictionaries({"workers": st.integers(1, 4), "format": st.sampled_from(["npy", "bin"])}),
+    chunk_records=st.integers(1, 60),
+    fineweb=st.booleans(),
+    seed=st.integers(0, 2**32),
+)
+def test_any_documents_in_shards_of_any_length_make_the_two_splits(
+    tmp_path_factory: pytest.TempPathFactory,
+    count: int,
+    words: int,
+    shard_tokens: int,
+    options: dict[str, Any],
+    chunk_records: int,
+    fineweb: bool,
+    seed: int,
+) -> None:
+    """Of FineWeb-EDU shard 0 is val; of any other source every 100th document that is kept, from the first on."""
+    rng, out = random.Random(seed), tmp_path_factory.mktemp("any")
+    texts: list[Any] = [rng.choices(WORDS, k=rng.randrange(words)) for _ in range(count)]
+    texts = ["".join(text) if rng.random() < 0.9 else None for text in texts]
+    kept = [text for text in texts if text and not text.isspace()]
+    everything = _reference(kept)
+    val = everything[:shard_tokens] if fineweb else _reference(kept[::100])
+    train = everything[shard_tokens:] if fineweb else _reference([t for i, t in enumerate(kept) if i % 100])
+    if len(kept) == 1 and not fineweb:
+        cut = len(everything) * 9 // 10
+        train, val = everything[:cut], everything[cut:]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sources, "CHUNK_RECORDS", chunk_records)
+        source = _jsonl(out / "x.jsonl", texts)
+        if fineweb:
+            source = "fineweb-edu"
+            patch.setattr(prepare_module, "open_source", lambda *_, **__: FakeFineweb(texts))
+        if not kept or not train:
+            with pytest.raises(ValueError, match="holds no text" if not kept else "fills no train shard"):
+                _make(source, out / "shards", shard_tokens=shard_tokens, **options)
+            return
+        manifest = _make(source, out / "shards", shard_tokens=shard_tokens, **options)
+    for split, tokens in (("val", val), ("train", train)):
+        assert _tokens(out / "shards", split) == tokens
+        lengths = [entry.tokens for entry in manifest.shards if f"_{split}_" in entry.file]
+        assert lengths == [min(shard_tokens, len(tokens) - at) for at in range(0, len(tokens), shard_tokens)]
+    assert manifest.documents["kept"] == len(kept)
+    assert verify(out / "shards") == manifest
 
 
 def test_the_same_input_gives_the_same_bytes_with_any_number_of_workers(
