@@ -18,8 +18,10 @@ def keep_compiled_code() -> None:
     try:
         base = Path(os.environ.get("XDG_CACHE_HOME", ""))
         folder = (base if base.is_absolute() else Path.home() / ".cache") / "gpt2_lightning" / "inductor"
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if not (os.access(folder, os.W_OK) and _is_ours_alone(folder)):
+        folder.parent.parent.mkdir(parents=True, exist_ok=True)
+        for made in (folder.parent, folder):
+            made.mkdir(mode=0o700, exist_ok=True)
+        if not (os.access(folder, os.W_OK) and _is_ours_alone(folder) and _is_ours_alone(folder.parent)):
             return
     except (OSError, RuntimeError):  # RuntimeError: there is no home
         return

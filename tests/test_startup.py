@@ -96,10 +96,10 @@ def test_a_users_own_choice_wins(no_cache_chosen, monkeypatch, tmp_path):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="POSIX permissions")
-def test_a_folder_that_others_can_write_to_is_not_taken(no_cache_chosen, tmp_path):
-    folder = tmp_path / "cache" / "gpt2_lightning" / "inductor"
-    folder.mkdir(parents=True)
-    folder.chmod(0o777)
+@pytest.mark.parametrize("open_to_others", ["gpt2_lightning", "gpt2_lightning/inductor"])
+def test_a_folder_that_others_can_write_to_is_not_taken(open_to_others, no_cache_chosen, tmp_path):
+    (tmp_path / "cache" / "gpt2_lightning" / "inductor").mkdir(parents=True)
+    (tmp_path / "cache" / open_to_others).chmod(0o777)
     keep_compiled_code()
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == default_cache_dir()
 
