@@ -41,6 +41,7 @@ from gpt2_lightning.tokenizer import get_tokenizer
 from gpt2_lightning.weights import load
 
 T = TypeVar("T")
+LINKS = pytest.mark.skipif(os.name != "posix", reason="links and pipes are POSIX")
 SUFFIXES = [".npy", ".bin"]
 TOKENS = np.array([50256, 0, 1, 258, 65535, 12336, 8224, 10794, 2573], dtype="<u2")
 
@@ -111,7 +112,7 @@ def test_a_changed_byte_of_a_header_changes_no_token(folder: Path, suffix: str) 
     decides = {".npy": 11, ".bin": 12}[suffix]  # magic, version, length or count: no other value means the same
     says = {".npy": 72, ".bin": 12}[suffix]  # what follows fills it up
     for at in range(header):
-        for byte in {*(whole[at] ^ 1 << bit for bit in range(8)), *b"\n#0"} if at < says else {255, *b"\n"}:
+        for byte in {*(whole[at] ^ 1 << bit for bit in range(8)), *b"\n#0"} if at < says else {255}:
             found = opened(path, whole[:at] + bytes([byte]) + whole[at + 1 :])
             assert byte == whole[at] or found in ([None] if at < decides else [None, TOKENS.tolist()])
 
@@ -217,11 +218,11 @@ def test_any_bytes_at_all(folder: Path, suffix: str, magic: bytes, content: byte
     opened(folder / f"g{suffix}", magic + content)
 
 
+@LINKS
 def test_what_is_no_file_is_refused_and_not_waited_for(tmp_path: Path) -> None:
     (tmp_path / "x_val_000000.npy").mkdir()
     (tmp_path / "x_train_000001.npy").symlink_to("gone.npy")
-    if hasattr(os, "mkfifo"):
-        os.mkfifo(tmp_path / "x_train_000002.npy")  # who opens it for reading waits for a writer
+    os.mkfifo(tmp_path / "x_train_000002.npy")  # who opens it for reading waits for a writer
     for path in tmp_path.iterdir():
         assert unless_refused(lambda path=path: open_shard(path), path) is None
     assert unless_refused(lambda: check_sizes(tmp_path), tmp_path) is None
@@ -371,6 +372,7 @@ def test_a_manifest_that_is_none_is_refused(vouched: tuple[Path, bytes], content
     assert unless_refused(lambda: read_manifest(vouched[0]), vouched[0] / "manifest.json") is None
 
 
+@LINKS
 def test_shards_are_listed_once_with_their_own_hash_and_within_the_folder(tmp_path: Path) -> None:
     root = tmp_path / "data"
     root.mkdir()
@@ -402,6 +404,7 @@ def test_shards_are_listed_once_with_their_own_hash_and_within_the_folder(tmp_pa
         verify(root)
 
 
+@LINKS
 def test_a_link_out_of_the_folder_is_as_good_as_what_it_leads_to(tmp_path: Path) -> None:
     """Hub caches keep files as links, so links are followed; that nothing else comes in by them, the hashes see to."""
     root = tmp_path / "data"
@@ -598,7 +601,7 @@ def test_rows_come_in_as_they_were_written(
     assert read_rows(folder / "rows.jsonl", content) == tuple(map(as_row, records))
 
 
-@fuzz(250)
+@fuzz(200)
 @given(st.lists(ROW, min_size=2, max_size=3), st.data())
 def test_a_row_that_is_none_is_named_with_its_line(
     folder: Path, records: list[dict[str, Any]], data: st.DataObject
@@ -632,7 +635,7 @@ def test_a_line_that_is_no_json_is_named(folder: Path) -> None:
         assert len(str(error.value)) < 400
 
 
-@fuzz(6)
+@fuzz(4)
 @given(st.lists(ROW, min_size=2, max_size=2), st.booleans())
 def test_a_last_line_that_is_cut_is_no_row(folder: Path, records: list[dict[str, Any]], ascii_only: bool) -> None:
     first, last = (json.dumps(record | {"ind": 0}, ensure_ascii=ascii_only).encode() for record in records)
@@ -668,7 +671,7 @@ LONG = [
 ]
 
 
-@fuzz(15)
+@fuzz(10)
 @example("x", [" ", "", "\t", "\u3000"], 0)
 @given(st.sampled_from([*LONG, "x"]) | TEXT.filter(bool), st.lists(TEXT, min_size=4, max_size=4), st.integers(0, 3))
 def test_every_row_that_is_read_can_be_scored(ctx: str, endings: list[str], label: int) -> None:
@@ -781,7 +784,7 @@ def assert_tokens_of(
         assert [batch.tolist() for batch in read(dataset, sampler)] == expected[rank]
 
 
-@fuzz(100)
+@fuzz(60)
 @given(runs(), st.integers(0, 2**62))
 def test_each_rank_sees_what_naive_counting_gives_it(folder: Path, run: tuple[Any, ...], seed: int) -> None:
     assert_tokens_of(folder, run, seed, lambda dataset, sampler: [dataset.__getitems__(samples) for samples in sampler])
