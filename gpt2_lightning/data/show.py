@@ -8,6 +8,7 @@ import yaml
 
 from gpt2_lightning.data.order import Order, windows_in_shards, windows_of
 from gpt2_lightning.data.shards import TokenStream, list_shards
+from gpt2_lightning.run_folder import config_files
 from gpt2_lightning.schedule import BatchSizeSchedule, batch_size_stages, tokens_before
 from gpt2_lightning.tokenizer import VOCAB_SIZE, get_tokenizer
 
@@ -30,7 +31,7 @@ def of_run(run_dir: Path) -> StepData:
     Raises:
         ValueError: that file is not a run's.
     """
-    path = max(run_dir.glob("config*.yaml"), key=lambda path: path.stat().st_mtime_ns)
+    path = config_files(run_dir)[-1]
     try:
         config = yaml.safe_load(path.read_text())
         data = config["data"].get("init_args", config["data"])  # where it is a class of the user's own
@@ -56,7 +57,10 @@ def show_step(step: int, data: StepData) -> str:
         ValueError: there is no such step or no such data.
     """
     if data.total_batch_tokens % data.block_size != 0:
-        raise ValueError(f"--total_batch_tokens {data.total_batch_tokens} is not a multiple of {data.block_size}")
+        raise ValueError(
+            f"--total_batch_tokens {data.total_batch_tokens} is not a multiple of {data.block_size}: give one, or "
+            "another --block_size"
+        )
     stages = batch_size_stages(data.total_batch_tokens, data.batch_size_schedule)
     first, end = (tokens_before(s, stages) // data.block_size for s in (step, step + 1))
     stream = TokenStream(list_shards(data.root, "train"))
@@ -77,9 +81,11 @@ def show_windows(root: Path, first: int, count: int, block_size: int) -> str:
     """
     stream = TokenStream(list_shards(root, "train"))
     n_windows = len(stream) // block_size
+    if n_windows == 0:
+        raise ValueError(f"{root} has no training window of {block_size} tokens: lower --block_size")
     if not 0 <= first < n_windows:
         raise ValueError(
-            f"there is no train window {first} in {root}: it has 0 to {n_windows - 1} of {block_size} tokens"
+            f"there is no train window {first} of {block_size} tokens in {root}: give --first from 0 to {n_windows - 1}"
         )
     windows = np.arange(first, min(first + count, n_windows))
     return _as_text(stream, windows, block_size, [f"train window {window}" for window in windows])
