@@ -147,6 +147,8 @@ def open_shard(path: Path) -> np.ndarray:
             )
         if count == 0:
             raise ValueError("it holds no tokens")
+    except PermissionError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}): give this user the right to") from error
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise ValueError(f"{path} is not a whole shard: {reason}; {_AGAIN}") from error
@@ -256,8 +258,10 @@ def read_manifest(root: Path) -> Manifest | None:
         for shard in shards:  # a name with a separator in it could lead out of the folder, on this or on another system
             if not re.fullmatch(r"[\w.-]+", shard.file) or not _split_of(shard.file):
                 raise ValueError(f"{shard.file!r} is not a shard's name")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
+    except PermissionError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}): give this user the right to") from error
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path} cannot be read ({error}): prepare into another folder, or delete this one") from error
     return manifest
@@ -304,8 +308,10 @@ def verify(root: Path) -> Manifest:
     check_sizes(root)
     manifest = read_manifest(root)
     if manifest is None:
+        list_shards(root, "train")  # a folder that holds none says so
         raise ValueError(
-            f"{root} has no {MANIFEST_NAME} to verify against: its shards can be read, but not vouched for"
+            f"{root} has no {MANIFEST_NAME} to verify against: its shards can be read, but not vouched for, so prepare "
+            "them again to be sure"
         )
     wrong = []
     for shard in manifest.shards:
