@@ -173,6 +173,6 @@ def download(name: str, revision: str | None) -> Path:
         reason = str(error).splitlines()[0]
         raise ValueError(
             f"{name} is no path here, and the Hugging Face hub does not give it ({reason}): check the name and the "
-            "connection, or give a folder"
+            "connection, log in with `hf auth login`, or give a folder"
         ) from None
     return folder
