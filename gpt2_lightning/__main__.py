@@ -26,10 +26,23 @@ COMMANDS = {
 }
 
 
+LAUNCHERS = (
+    *("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "PL_GLOBAL_SEED"),
+    *("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID", "SLURM_NTASKS", "SLURM_NNODES"),
+)
+"""Variables that torchrun, Lightning and SLURM set, each to a number."""
+
+
 class Parser(argparse.ArgumentParser):
     """argparse whose usage errors are one line of usage and one sentence."""
 
     def error(self, message: str) -> NoReturn:
+        for kind, mend in (("int", "give a whole number"), ("float", "give a number")):
+            message = message.replace(f"invalid {kind} value:", f"{mend}, not")
+        if message.startswith("unrecognized arguments"):
+            message += f": see {self.prog} --help"
+        if "not allowed with argument" in message:
+            message += ": give one of the two"
         needed = [a for a in self._actions if a.required]
         words = [a.metavar or a.dest if not a.option_strings else f"{a.option_strings[-1]} …" for a in needed]
         print("usage:", self.prog, *words, "[options]", file=sys.stderr)
@@ -66,12 +79,17 @@ def main(args: Sequence[str] | None = None) -> int:
     }[command]
     try:
         run(args)
-    except SystemExit as stop:
-        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-    except KeyboardInterrupt:
-        print(f"gpt2 {command}: interrupted", file=sys.stderr)
+        sys.stdout.flush()  # what cannot be written shows here, not when the interpreter ends
+    except (SystemExit, KeyboardInterrupt) as stop:
+        # Lightning's Trainer makes an exit with code 1 of a Ctrl-C
+        if not isinstance(stop, KeyboardInterrupt) and not isinstance(stop.__context__, KeyboardInterrupt):
+            return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        again = ": the same command goes on from what is saved" if command in ("fit", "prepare") else ""
+        print(f"gpt2 {command}: interrupted{again}", file=sys.stderr)
         return 130
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            return 141
         if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("LOCAL_RANK") == "0":
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # its agent, which fails as well, must not hush what we say
         sentence = _sentence(error)
@@ -81,6 +99,16 @@ def main(args: Sequence[str] | None = None) -> int:
             print(f"gpt2 {command}: error: {sentence}", file=sys.stderr)
         return 1
     return 0
+
+
+def _nobody_reads() -> bool:
+    """Whether the reader of standard output has gone, as `head` does: an end, which shells count as 141, no error."""
+    try:
+        print(flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter complains when it ends
+        return True
+    return False
 
 
 def _said_by_the_first_rank() -> bool:
@@ -96,17 +124,27 @@ def _sentence(error: BaseException | None) -> str | None:
     """What to tell a user; None for what is a defect of ours, which keeps its traceback."""
     while error is not None:
         if isinstance(error, UnicodeDecodeError):
-            return f"a file that should be UTF-8 text is not ({error.reason} at byte {error.start})"
+            return f"a file that should be UTF-8 text is not ({error.reason} at byte {error.start}): save it as UTF-8"
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             return f"the disk is full ({error.filename or error.strerror}): make room, and run the same command again"
         if isinstance(error, OSError) and error.filename is not None:
-            return f"{error.filename}: {error.strerror}"
+            not_allowed = error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
+            mend = (
+                "give this user the right to, or name another" if not_allowed else "correct the path, or name another"
+            )
+            return f"{error.filename}: {error.strerror}: {mend}"
         innermost = traceback.extract_tb(error.__traceback__)[-1:]
         ours = any(Path(frame.filename).is_relative_to(Path(__file__).parent) for frame in innermost)
         if type(error).__name__ == "MisconfigurationException" or (ours and isinstance(error, ValueError | OSError)):
             return " ".join(str(error).split())
         if type(error).__name__.startswith("Dist") or "gloo" in str(error):
             return _of_several_processes(str(error).splitlines()[0])
+        if isinstance(error, MemoryError) or "can't allocate memory" in str(error):  # of numpy, and of torch on a CPU
+            asked = str(error).partition("DefaultCPUAllocator: ")[2].partition(". Error code")[0] or str(error)
+            return (
+                f"this machine has too little memory ({asked}): lower what asks for it, such as model.config, "
+                "data.micro_batch_size or --shard_tokens"
+            )
         if "out of memory" in str(error):
             return (
                 f"the device is out of memory ({str(error).splitlines()[0]}): lower data.micro_batch_size or set it to "
@@ -136,7 +174,22 @@ def _of_several_processes(said: str) -> str:
     return f"lost another process of this job ({reason}): see what it said, and {again}"
 
 
+def _refuse_odd_launcher() -> None:
+    """Before Lightning is imported, which reads these variables as numbers.
+
+    Raises:
+        ValueError: one of them is none.
+    """
+    for name in LAUNCHERS:
+        if not os.environ.get(name, "0").isdecimal():
+            raise ValueError(
+                f"the environment variable {name} is {os.environ[name]!r}, where a launcher sets a number: run `unset "
+                f"{name}` first, or start this with torchrun"
+            )
+
+
 def _lightning(args: list[str]) -> None:
+    _refuse_odd_launcher()
     import gc
 
     if "gpt2_lightning.cli" not in sys.modules:
@@ -205,9 +258,11 @@ def _generate(args: list[str]) -> None:
     parser.add_argument("--seed", type=int, help="the same seed gives the same text")
     given = parser.parse_args(args[1:])
     if given.num_samples < 1 or given.max_new_tokens < 1:
-        parser.error("--num_samples and --max_new_tokens are at least 1")
+        parser.error(
+            f"--num_samples is {given.num_samples} and --max_new_tokens {given.max_new_tokens}: give at least 1 of each"
+        )
     if given.seed is not None and not 0 <= given.seed < 2**62:
-        parser.error("--seed is a whole number from 0 to 2**62")
+        parser.error(f"--seed is {given.seed}: give a whole number from 0 to 2**62")
     from gpt2_lightning.generate import TextStream, generate
     from gpt2_lightning.tokenizer import VOCAB_SIZE, get_tokenizer
     from gpt2_lightning.weights import load
@@ -314,6 +369,7 @@ def _plan(args: list[str]) -> None:
         gpu = find_gpu(given.gpu) if given.gpu else None
     except ValueError as error:
         parser.error(str(error))
+    _refuse_odd_launcher()
     if given.micro_batch_size is not None:
         recipe_args += ["--data.micro_batch_size", given.micro_batch_size]
     from gpt2_lightning.cli import read_recipe
@@ -335,6 +391,7 @@ def _bench(args: list[str]) -> None:
     for name in shape:
         if getattr(given, name) is not None and getattr(given, name) < 1:
             parser.error(f"--{name} is {getattr(given, name)}: give a whole number of at least 1")
+    _refuse_odd_launcher()
     import contextlib
     import json
     from dataclasses import replace

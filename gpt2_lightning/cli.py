@@ -1,6 +1,7 @@
 """``gpt2 fit``, ``validate`` and ``plan``: LightningCLI over our module, data and callbacks. Wiring, nothing else."""
 
 import os
+import re
 import shlex
 import signal
 import sys
@@ -41,6 +42,7 @@ from gpt2_lightning.job import (
     quieten,
     refuse_other_optimizer,
     refuse_other_seed,
+    refuse_other_settings,
     refuse_other_strategies,
     refuse_other_world,
     requeue,
@@ -49,6 +51,7 @@ from gpt2_lightning.module import GPTModule
 from gpt2_lightning.tokenizer import VOCAB_SIZE
 
 CONFIG_FLAGS = {"--config", "-c"}
+SECTIONS = ("trainer", "model", "data", "validation", "hellaswag", "samples", "nonfinite", "checkpoint")
 
 
 class Parser(LightningArgumentParser):
@@ -56,8 +59,36 @@ class Parser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:  # type: ignore[override]
         print("usage: gpt2 fit|validate|plan --config FILE [--trainer.… --model.… --data.…]", file=sys.stderr)
-        print(f"gpt2: error: {' '.join(message.split())}", file=sys.stderr)
+        print(f"gpt2: error: {one_sentence(' '.join(message.split()))}", file=sys.stderr)
         raise SystemExit(2)
+
+
+KINDS = {
+    "int": ["a whole number"],
+    "float": ["a number"],
+    "bool": ["true", "false"],
+    "str": ["text"],
+    "list": ["a list"],
+    "NoneType": ["null"],
+}
+"""Types as jsonargparse calls them, and in words."""
+
+
+def one_sentence(message: str) -> str:
+    """What jsonargparse says of a value that does not fit, put in order: what it is, and what it may be."""
+    key = re.match(r'Parser key "([^"]+)": ', message)
+    value = re.match(r".*(?:Got value|Given value|import path string): (.*)", message)
+    may_be: list[str] = []
+    types = message.partition(" Errors: ")[0]  # what follows names them once more
+    for kind, words, elements in re.findall(r"<class '(\w+)'>|Literal\[([^]]*)\]|tuple with (\d+)", types):
+        may_be += KINDS.get(kind, []) + [word.strip("'") for word in words.split(", ") if word]
+        may_be += [f"a list of {elements}"] if elements else []
+    if "import path" in message:
+        may_be.append("the import path of a class, such as torch.optim.AdamW")
+    if key is None or value is None or not may_be:
+        return f"{message.rstrip('.').replace('. ', '; ')}: correct it, or see `gpt2 fit --help`"
+    *others, last = dict.fromkeys(may_be)
+    return f"{key[1]} is {value[1]}: give {', '.join(others)}{' or ' if others else ''}{last}"
 
 
 class SaveConfig(SaveConfigCallback):
@@ -107,12 +138,17 @@ class CLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         self.config = parser.parse_args(args)
+        seed = self.config[self.config.subcommand].seed_everything
+        if type(seed) is int and not 0 <= seed < 2**32:
+            raise ValueError(f"seed_everything is {seed}: give a whole number from 0 to 2**32 - 1")
 
     def _parse_ckpt_path(self) -> None:
         """A checkpoint's hyper-parameters never overrule what the user typed."""
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
+        if config.run_dir == "":
+            raise ValueError("run_dir is empty: give the folder of the run, or leave it out")
         if config.run_dir is None:
             config.run_dir = str(Path("runs") / Path(str(config.config[-1])).stem)
         self.run_dir = Path(config.run_dir)
@@ -124,6 +160,8 @@ class CLI(LightningCLI):
                 if is_first_process():
                     print(f"validating {last}")
                 config.ckpt_path = str(last)
+            if config.trainer.limit_val_batches == 0:
+                raise ValueError("trainer.limit_val_batches is 0, so that nothing would be validated: leave it out")
             if config.ckpt_path is not None:  # one door to weights: whatever `load` opens
                 config.model.init_from, config.ckpt_path = config.ckpt_path, None
             if config.trainer.strategy == "fully_shard":  # evaluation alone needs no more than the weights
@@ -134,10 +172,7 @@ class CLI(LightningCLI):
                 f"trainer.precision {config.trainer.precision} keeps the weights themselves in 16 bits, where small "
                 f"updates are lost: give {str(config.trainer.precision).replace('true', 'mixed')}"
             )
-        if config.trainer.min_steps or config.trainer.min_epochs:
-            raise ValueError("trainer.min_steps and min_epochs would keep a run from stopping: leave them out")
-        if config.trainer.max_steps < 1:
-            raise ValueError("trainer.max_steps is not set: give the number of optimizer steps of the whole run")
+        refuse_other_settings(config.trainer)
         self.claim = claim(self.run_dir) if is_first_process() else nullcontext()
         self.resumed_step = 0
         # beside the config, whose saved copy is a recipe for other runs too
@@ -167,13 +202,13 @@ class CLI(LightningCLI):
             config["strategy"] = DDPStrategy(gradient_as_bucket_view=True)
         try:
             trainer = super()._instantiate_trainer(config, callbacks)
-        except (MisconfigurationException, RuntimeError, ValueError) as error:
+        except (MisconfigurationException, RuntimeError, ValueError, TypeError, ImportError) as error:
             if "gpu backend" in str(error):
                 raise ValueError(
                     "trainer.accelerator is gpu, and torch finds none here: install its build for your GPU, or give "
                     "--trainer.accelerator cpu --trainer.devices 1, which configs/quickstart.yaml is made for"
                 ) from error
-            raise ValueError(f"the trainer cannot be set up so: {error}") from error
+            raise ValueError(f"the trainer cannot be set up so ({error}): correct the trainer section") from error
         refuse_other_world(trainer)
         meet_other_nodes(trainer)
         return trainer
@@ -185,7 +220,12 @@ class CLI(LightningCLI):
         # a validation at the resumed step came before its checkpoint and stays; what came after is made again
         purge_step = self.resumed_step + 1 if self.resumed_step else 0
         events = TensorBoardLogger(
-            self.run_dir.parent, self.run_dir.name, version="", default_hp_metric=False, purge_step=purge_step
+            self.run_dir.parent,
+            self.run_dir.name,
+            version="",
+            default_hp_metric=False,
+            purge_step=purge_step,
+            filename_suffix=f".start{len(list(self.run_dir.glob('events.out.tfevents.*')))}",
         )
         return [events, LogTxt(self.run_dir, self.resumed_step)]
 
@@ -240,25 +280,35 @@ def names_data_class(args: list[str]) -> bool:
         return True
     pairs = zip(args, [*args[1:], ""], strict=True)
     paths = [arg.partition("=")[2] or following for arg, following in pairs if arg.partition("=")[0] in CONFIG_FLAGS]
-    for path in filter(Path.is_file, map(Path, paths)):
-        try:
-            config = yaml.safe_load(path.read_text())
-        except (yaml.YAMLError, UnicodeDecodeError):
-            continue  # the parser says what is wrong with it
-        if isinstance(config, dict) and "class_path" in (config.get("data") or {}):
-            return True
-    return False
+    recipes = [recipe_in(path, args[0]) for path in map(Path, paths) if path.is_file()]
+    return any("class_path" in (recipe.get("data") or {}) for recipe in recipes)
+
+
+def recipe_in(path: Path, command: str) -> dict[str, Any]:
+    """The settings in a file, each section of which holds settings again; ends the command where it is none."""
+    try:
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        usage_error(command, f"{path} is no YAML in UTF-8 ({' '.join(str(error).split())}): correct it")
+    if not isinstance(recipe, dict):
+        usage_error(command, f"{path} holds no settings: give a recipe, such as configs/quickstart.yaml")
+    for section in SECTIONS:
+        if not isinstance(recipe.get(section), dict | None):  # the parser would take the defaults, without a word
+            usage_error(command, f"{path} has {section}: {recipe[section]}, where settings belong: correct it")
+    return recipe
+
+
+def usage_error(command: str, sentence: str) -> NoReturn:
+    print(f"usage: gpt2 {command} --config FILE [--trainer.… --model.… --data.…]", file=sys.stderr)
+    print(f"gpt2 {command}: error: {sentence}", file=sys.stderr)
+    raise SystemExit(2)
 
 
 def run(args: list[str], cli: type[CLI] = CLI) -> CLI:
     """Runs ``fit …`` or ``validate …``."""
     if not {*CONFIG_FLAGS, "-h", "--help", "--print_config"} & {arg.partition("=")[0] for arg in args}:
         recipes = sorted(str(path) for path in Path("configs").glob("*.yaml"))
-        print(f"usage: gpt2 {args[0]} --config FILE [--trainer.… --model.… --data.…]", file=sys.stderr)
-        print(
-            f"gpt2 {args[0]}: error: no --config: the recipes are {', '.join(recipes) or 'not here'}", file=sys.stderr
-        )
-        raise SystemExit(2)
+        usage_error(args[0], f"no --config: give a recipe, the recipes are {', '.join(recipes) or 'not here'}")
     end_with_launcher()
     quieten()
     keep_freed_memory()

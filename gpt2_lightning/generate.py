@@ -135,10 +135,11 @@ def _head(model: GPT, hidden: Tensor, vocab_size: int) -> Tensor:
     return logits.transpose(0, 1).reshape(-1, vocab_size)
 
 
-def _check_settings(max_new_tokens: int, temperature: float, top_k: int | None, top_p: float) -> None:
+def check_settings(max_new_tokens: int, temperature: float, top_k: int | None, top_p: float) -> None:
+    """`ValueError` that begins with the name of the setting that is out of its range."""
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens is {max_new_tokens}: give 0 or more")
-    if not temperature > 0:
+    if not temperature >= 1e-30:  # the logits, divided by less, would overflow
         raise ValueError(f"temperature is {temperature}: give a number above 0 (top_k=1 is greedy)")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p is {top_p}: give a number above 0 and at most 1 (1 keeps every token)")
@@ -149,7 +150,7 @@ def _check_settings(max_new_tokens: int, temperature: float, top_k: int | None, 
 def _check_prompts(prompts: list[list[int]], block_size: int, vocab_size: int) -> None:
     for prompt in prompts:
         if not prompt:
-            raise ValueError("the prompt is empty: give at least one token, e.g. <|endoftext|>, which begins a text")
+            raise ValueError("the prompt is empty: give at least one token, such as <|endoftext|>, which begins a text")
         if len(prompt) > block_size:
             raise ValueError(
                 f"the prompt has {len(prompt)} tokens, but the context (block_size) holds {block_size}: shorten it"
@@ -201,7 +202,7 @@ def generate(
     prompts: list[list[int]] = idx.tolist() if isinstance(idx, Tensor) else [list(prompt) for prompt in idx]
     top_p = 1.0 if top_p is None else top_p
     vocab_size = min(model.config.vocab_size, VOCAB_SIZE)
-    _check_settings(max_new_tokens, temperature, top_k, top_p)
+    check_settings(max_new_tokens, temperature, top_k, top_p)
     _check_prompts(prompts, model.config.block_size, vocab_size)
 
     rows = [list(prompt) for prompt in prompts]

@@ -179,6 +179,6 @@ def download(name: str, revision: str | None) -> Path:
         of = f" at revision {revision}" if revision else ""
         raise ValueError(
             f"{name} is no path here, and the Hugging Face hub does not give it{of} ({reason}): check the name and the "
-            "connection, or give a folder"
+            "connection, log in with `hf auth login`, or give a folder"
         ) from None
     return folder

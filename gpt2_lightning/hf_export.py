@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from gpt2_lightning import __version__
@@ -60,7 +61,8 @@ def export_folder(
         figures: what the run measured, for the model card: name → value.
 
     Raises:
-        ValueError: ``out`` is a file, or a folder that is neither empty nor an earlier export.
+        ValueError: ``out`` is a file, or a folder that is neither empty nor an earlier export; the weights cannot be
+            written.
     """
     _refuse_foreign(out)
     config = hf_config(model.config, dtype)
@@ -85,6 +87,11 @@ def export_folder(
             os.replace(file, out / file.name)
         for name in set(_TOKENIZER_FILES) - set(texts):  # an earlier export with GPT-2's vocabulary
             (out / name).unlink(missing_ok=True)
+    except SafetensorError as error:  # its own word for what the system says
+        raise ValueError(
+            f"{out} cannot be written ({error}): make room, and run the same command again: what was there before is "
+            "whole"
+        ) from None
     finally:
         shutil.rmtree(partial)
 

@@ -9,6 +9,8 @@ import tempfile
 import threading
 import time
 import warnings
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -42,9 +44,17 @@ def callbacks_of_a_run() -> list[Callback]:
     return [StopOnSignal(), TimeSpent(), StepMetrics(), AutoMicroBatch()]
 
 
+def _unless_told_elsewhere(before: Callable[[Any], Any], args: threading.ExceptHookArgs) -> None:
+    """TensorBoard raises an error of its writing thread once more where it is given the next value."""
+    if type(args.thread).__name__ != "_AsyncWriterThread":
+        before(args)
+
+
 def quieten() -> None:
     """Lightning's tips and warnings that are none here: what a run is, it says itself."""
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # of what Lightning calls
+    if getattr(threading.excepthook, "func", None) is not _unless_told_elsewhere:
+        threading.excepthook = partial(_unless_told_elsewhere, threading.excepthook)
     for name in ("lightning.pytorch", "lightning.fabric"):  # tips and the like: what a run is, it says itself
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings(
@@ -103,6 +113,35 @@ REFUSED_STRATEGIES = {
     "single_device": "is what one device gets without it, and more devices would be ignored: leave it out",
 }
 """Lightning's strategies that this package does not train with, by how their names begin, and the mend."""
+
+
+REFUSED_SETTINGS = {
+    "min_steps": "would keep a run from stopping: leave it out",
+    "min_epochs": "would keep a run from stopping: leave it out",
+    "max_epochs": "counts nothing here, for a run is one epoch: give trainer.max_steps",
+    "val_check_interval": "counts micro-batches: give validation.every_n_steps",
+    "check_val_every_n_epoch": "counts epochs, of which a run is one: give validation.every_n_steps",
+    "use_distributed_sampler": "would deal out the samples a second time: leave it out",
+    "default_root_dir": "is the folder of the run: give run_dir",
+}
+"""Settings of Lightning's Trainer that a run here cannot obey, and the mend."""
+
+
+def refuse_other_settings(trainer: Any) -> None:
+    """Compares the ``trainer`` section of a recipe with what a run can obey, before anything is made.
+
+    Raises:
+        ValueError: a setting counts something else than optimizer steps, or is below 0.
+    """
+    if trainer.max_steps < 1:
+        is_what = "not set" if trainer.max_steps == -1 else trainer.max_steps
+        raise ValueError(f"trainer.max_steps is {is_what}: give the number of optimizer steps of the whole run")
+    for name, why in REFUSED_SETTINGS.items():
+        if trainer[name] not in (None, TRAINER_DEFAULTS.get(name), -1):  # -1: of epochs without an end
+            raise ValueError(f"trainer.{name} {why}")
+    for name in ("gradient_clip_val", "log_every_n_steps"):  # a norm below 0 would turn the gradients round
+        if not (trainer[name] or 0) >= 0:
+            raise ValueError(f"trainer.{name} is {trainer[name]}: give a number above 0, or 0 for never")
 
 
 def refuse_other_strategies(strategy: str | Strategy) -> None:
@@ -174,7 +213,7 @@ def meet_other_nodes(trainer: Trainer) -> None:
         for name, valid in (("NODE_RANK", ranks), ("MASTER_PORT", ports)):
             if not os.environ[name].isdecimal() or int(os.environ[name]) not in valid:
                 raise ValueError(
-                    f"{name} is {os.environ[name]}: on {trainer.num_nodes} nodes it is a number from {valid[0]} to "
+                    f"{name} is {os.environ[name]}: on {trainer.num_nodes} nodes give it a number from {valid[0]} to "
                     f"{valid[-1]}"
                 )
     if cluster.local_rank() == 0:

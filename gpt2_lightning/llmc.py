@@ -57,7 +57,7 @@ def write(model: GPT, path: Path, dtype: torch.dtype = torch.float32) -> None:
         ValueError: at ``path`` there is something that is not an llm.c checkpoint, and would be lost.
     """
     if path.is_dir() or (path.exists() and path.open("rb").read(4) != MAGIC_BYTES):
-        raise ValueError(f"{path} exists and is not an llm.c checkpoint: name a new file, e.g. {path.stem}.llmc.bin")
+        raise ValueError(f"{path} exists and is not an llm.c checkpoint: name a new file, such as {path.stem}.llmc.bin")
     c = model.config
     vocab_size = min(c.vocab_size, VOCAB_SIZE)
     padded = -(-vocab_size // 128) * 128
@@ -71,10 +71,10 @@ def write(model: GPT, path: Path, dtype: torch.dtype = torch.float32) -> None:
     partial = path.with_name(f".{path.name}.partial")
     try:
         with partial.open("wb") as file:
-            header.tofile(file)
+            file.write(header.tobytes())
             for name in _names(c.n_layer):
                 tensor = state[name].detach().cpu().to(dtype).contiguous()
-                tensor.view(torch.uint8).numpy().tofile(file)  # numpy has no bfloat16
+                file.write(tensor.view(torch.uint8).numpy())  # numpy has no bfloat16
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)

@@ -200,6 +200,8 @@ class GPTModule(LightningModule):
             scheduler: Any = self.lr_scheduler(optimizer)
         except TypeError as error:
             raise ValueError(f"model.lr_scheduler cannot be set up ({error}): choose a class that can") from error
+        if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            raise ValueError("model.lr_scheduler waits for a metric, not for a step: choose one that counts steps")
         # a schedule may have a rate of its own in mind, as OneCycleLR does
         self.typed_lrs = list(getattr(scheduler, "base_lrs", [group["lr"] for group in optimizer.param_groups]))
         if getattr(scheduler, "max_steps", 0) is None:

@@ -12,7 +12,7 @@ import torch
 from gpt2_lightning.data.order import AUTO_ON_CPU, accumulation, micro_batches
 from gpt2_lightning.data.shards import find_shards, list_shards, open_shard, read_manifest
 from gpt2_lightning.gpus import GPU
-from gpt2_lightning.job import refuse_other_strategies
+from gpt2_lightning.job import refuse_other_settings, refuse_other_strategies
 from gpt2_lightning.memory import (
     OPTIMIZERS,
     Step,
@@ -75,8 +75,7 @@ def plan(
         raise ValueError(
             "data is a class of your own, whose steps are not known: plan the recipe with the data settings"
         )
-    if trainer.max_steps < 1:
-        raise ValueError("trainer.max_steps is not set: give the number of optimizer steps of the whole run")
+    refuse_other_settings(trainer)
     config = shape_of(recipe.model)
     if isinstance(trainer.strategy, str):
         refuse_other_strategies(trainer.strategy)

@@ -92,8 +92,7 @@ def read_run(folder: Path) -> Run:
         raise ValueError(f"{folder}: no such folder: give that of a run, such as runs/quickstart")
     notes: list[str] = []
     configs = list(_read_configs(folder, notes))
-    # TensorBoard's order, too: the names tell the second that each was begun in
-    files = [_read_events(path, notes) for path in sorted(folder.glob("events.out.tfevents.*"))]
+    files = [_read_events(path, notes) for path in sorted(folder.glob("events.out.tfevents.*"), key=_order)]
     starts = [file.start() for file in files if file.times]
     curves = {tag: _curve(points) for tag, points in _join(files)}
     texts = dict(_join(files, texts=True))
@@ -108,6 +107,12 @@ def read_run(folder: Path) -> Run:
         mend = f"give {' '.join(map(str, inside))}" if inside else "give the folder of a run, such as runs/quickstart"
         raise ValueError(f"{folder} has no TensorBoard events and no log.txt: {mend}")
     return Run(folder.absolute().name, curves, texts, starts, configs, notes)
+
+
+def _order(events: Path) -> tuple[int, str]:
+    """By the number of the start at the end of the name: the second in it, a clock may have turned round."""
+    number = re.search(r"\.start(\d+)$", events.name)
+    return (int(number[1]) if number else -1, events.name)
 
 
 @dataclass
@@ -189,7 +194,6 @@ def _curve(points: dict[int, float]) -> Curve:
 
 
 def _read_configs(folder: Path, notes: list[str]) -> Iterator[dict[str, str]]:
-    """config.yaml, config_1.yaml, …: one of each start."""
     for path in config_paths(folder):
         try:
             config = yaml.safe_load(path.read_text())

@@ -108,7 +108,10 @@ def _read_checkpoint(path: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
     checkpoint = hf.torch_load(path)
     shape = _shape_in(checkpoint)
     if shape is None:
-        raise ValueError(f"{path} is no checkpoint of gpt2_lightning: it lacks state_dict or hyper_parameters.config")
+        raise ValueError(
+            f"{path} is no checkpoint of gpt2_lightning: it lacks state_dict or hyper_parameters.config, so give one "
+            "that `gpt2 fit` wrote, or a model folder"
+        )
     prefix = "model."
     state = {
         name.removeprefix(prefix): t

@@ -503,9 +503,19 @@ def test_a_source_that_fails_half_way_keeps_the_finished_shards(tmp_path: Path, 
         verify(tmp_path / "out")
 
 
-@pytest.mark.parametrize("options", [{"shard_tokens": 0}, {"workers": 0}, {"format": "txt"}])
-def test_options_that_make_no_sense_are_refused(tmp_path: Path, corpus: str, options: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="must be 1 or more, and format npy or bin"):
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"shard_tokens": 0}, "shard_tokens is 0: give a whole number of at least 1"),
+        ({"shard_tokens": 2**31}, "shard_tokens is 2147483648: .* below 2147483648"),
+        ({"workers": 0}, "workers is 0 .*: give at least 1 worker"),
+        ({"format": "txt"}, "format txt: give .* npy or bin"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(
+    tmp_path: Path, corpus: str, options: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(ValueError, match=said):
         _make(corpus, tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
 

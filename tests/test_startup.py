@@ -6,6 +6,7 @@ import shutil
 import stat
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,12 @@ def _imported_by(args: list[str]) -> tuple[int, set[str]]:
 )
 def test_help_imports_nothing_heavy(args):
     assert _imported_by(args) == (0, set())
+
+
+def test_the_version_is_told_without_imports(capsys):
+    assert _imported_by(["--version"]) == (0, set())
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"gpt2_lightning {version('gpt2_lightning')}\n"
 
 
 def test_prepare_imports_neither_torch_nor_lightning():

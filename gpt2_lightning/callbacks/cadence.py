@@ -33,12 +33,17 @@ class EveryNSteps(Callback, ABC):
     evaluates = True
     """Whether it evaluates, which can wait while a signal stops the run, and needs the whole model on each rank."""
 
+    section = "trainer.callbacks"
+    """The section of a recipe that its settings stand in."""
+
     label = "other callbacks"
     """What it is called where ``TimeSpent`` tells what a run's time went into."""
 
     def __init__(self, every_n_steps: int) -> None:
         if every_n_steps < 0:
-            raise ValueError(f"every_n_steps is {every_n_steps}: give a number of optimizer steps, or 0 for never")
+            raise ValueError(
+                f"{self.section}.every_n_steps is {every_n_steps}: give a number of optimizer steps, or 0 for never"
+            )
         self.every_n_steps = every_n_steps
         self.last_step = -1
         """The step count that ``run`` was last called at."""

@@ -56,7 +56,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         ValueError: there is none, it is not a run's, or it is damaged; then with the newest beside it that is whole.
     """
     if not path.is_file():
-        raise ValueError(f"{path} does not exist: correct ckpt_path, or leave it out")
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise ValueError(f"{path} {what}: correct ckpt_path, or leave it out")
     damage = _damage(path)
     if damage is not None:
         before = [p for p in saved_steps(path.parent) if not p.samefile(path)]
@@ -83,6 +84,8 @@ def _damage(path: Path) -> str | None:
     try:
         with zipfile.ZipFile(path) as archive:
             broken = archive.testzip()
+    except PermissionError:
+        raise
     except Exception as error:  # what a damaged archive raises depends on the byte
         return str(error) or type(error).__name__
     return broken and f"the checksum of {broken} does not fit"
@@ -99,6 +102,7 @@ class StepCheckpoint(EveryNSteps, Checkpoint):
     """
 
     evaluates = False
+    section = "checkpoint"
     label = "checkpoints"
 
     def __init__(self, every_n_steps: int = 1000, keep: int = 0) -> None:

@@ -25,6 +25,7 @@ class HellaSwag(EveryNSteps):
             none; ``builtin`` asks nobody.
     """
 
+    section = "hellaswag"
     label = "HellaSwag"
 
     def __init__(self, every_n_steps: int = 250, style: Style = "nanogpt", path: str | None = None) -> None:

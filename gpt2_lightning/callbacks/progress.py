@@ -1,6 +1,7 @@
 """The progress bar: optimizer steps, not micro-batches."""
 
 import sys
+import time
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -29,6 +30,8 @@ class StepProgressBar(ProgressBar):
             dynamic_ncols=True,
             disable=not self.is_enabled,
         )
+        self.bar._time = time.monotonic  # its own, the wall clock, may jump
+        self.bar.start_t = self.bar.last_print_t = time.monotonic()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

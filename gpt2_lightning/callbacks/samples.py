@@ -4,7 +4,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from gpt2_lightning.callbacks.cadence import EveryNSteps
-from gpt2_lightning.generate import generate
+from gpt2_lightning.generate import check_settings, generate
 from gpt2_lightning.module import GPTModule
 from gpt2_lightning.tokenizer import END_OF_TEXT, VOCAB_SIZE, get_tokenizer
 
@@ -22,6 +22,7 @@ class Samples(EveryNSteps):
         seed: of the samples.
     """
 
+    section = "samples"
     label = "samples"
 
     def __init__(
@@ -59,6 +60,12 @@ class Samples(EveryNSteps):
                 f"samples.num_samples={self.num_samples} and max_new_tokens={self.max_new_tokens}: give at least 1 of "
                 "each, or samples.every_n_steps=0 for none"
             )
+        try:
+            check_settings(self.max_new_tokens, self.temperature, self.top_k, top_p=1.0)
+        except ValueError as error:
+            raise ValueError(f"samples.{error}") from None
+        if not 0 <= self.seed < 2**62:
+            raise ValueError(f"samples.seed is {self.seed}: give a whole number from 0 to 2**62")
         n = len(get_tokenizer().encode(self.prompt, allowed_special="all"))
         if not 0 < n <= config.block_size:
             raise ValueError(

@@ -15,10 +15,13 @@ class ValidationLoss(EveryNSteps):
         tokens: how many tokens of the validation split it is measured on, over all devices (at most what is there).
     """
 
+    section = "validation"
     label = "validation"
 
     def __init__(self, every_n_steps: int = 250, tokens: int = 10485760) -> None:
         super().__init__(every_n_steps)
+        if tokens < 1:
+            raise ValueError(f"validation.tokens is {tokens}: give at least 1, or validation.every_n_steps=0 for never")
         self.tokens = tokens
 
     def run(self, trainer: Trainer, module: GPTModule, step: int) -> None:

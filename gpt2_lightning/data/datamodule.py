@@ -121,8 +121,8 @@ class TokenDataModule(LightningDataModule):
             if size != "auto" and size < 1:
                 raise ValueError(f"data.{name} is {size}: give a whole number of at least 1")
         for name, value in (("seed", seed), ("num_workers", num_workers)):
-            if value < 0:
-                raise ValueError(f"data.{name} is {value}: give a whole number of at least 0")
+            if not 0 <= value < 2**62:
+                raise ValueError(f"data.{name} is {value}: give a whole number from 0 to 2**62")
         self.root = Path(root)
         self.source = source
         self.order: Order = order
@@ -213,7 +213,10 @@ class TokenDataModule(LightningDataModule):
     def _refuse_part_of_a_step(self) -> None:
         """Lightning would end a shortened epoch inside an accumulation and step on what there is."""
         trainer: Any = self.trainer
-        if not trainer.overfit_batches and trainer.limit_train_batches != 1.0:  # Lightning copies the one to the other
+        limit = trainer.limit_train_batches  # 1.0 is all of them, 1 a single one
+        if not trainer.overfit_batches and (
+            limit != 1.0 or isinstance(limit, int)
+        ):  # Lightning copies one to the other
             raise ValueError(
                 "trainer.limit_train_batches and fast_dev_run count micro-batches and could cut a step: "
                 "set trainer.max_steps instead"

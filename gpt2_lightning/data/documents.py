@@ -21,7 +21,9 @@ def open_file(path: Path) -> BinaryIO:
     try:
         return path.open("rb")
     except OSError as error:
-        raise SourceError(f"{path} cannot be read: {error.strerror}") from error
+        raise SourceError(
+            f"{path} cannot be read ({error.strerror}): give this user the right to, or name another"
+        ) from error
 
 
 def file_records(path: Path, text_column: str, start: int) -> Iterator[tuple[Value, float]]:

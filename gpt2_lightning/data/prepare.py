@@ -34,8 +34,6 @@ from gpt2_lightning.lock import try_lock
 from gpt2_lightning.tokenizer import RANKS_SHA256
 
 LOCK_NAME = ".lock"
-MOST_SHARD_TOKENS = 2**31 - 1
-"""4 GB; llm.c's header has no room for a larger number."""
 
 # -- tokens to shards --------------------------------------------------------------------------------------------------
 
@@ -136,10 +134,10 @@ def prepare(
             Whatever was finished stays.
     """
     out = Path(out)
-    if shard_tokens < 1 or (workers is not None and workers < 1) or format not in ("npy", "bin"):
-        raise ValueError("shard_tokens and workers must be 1 or more, and format npy or bin")
-    if shard_tokens > MOST_SHARD_TOKENS:
-        raise ValueError(f"shard_tokens is {shard_tokens}: give at most {MOST_SHARD_TOKENS}, a shard is held in memory")
+    if not 1 <= shard_tokens < 2**31:  # what a .bin shard can say; one of them is held in memory
+        raise ValueError(f"shard_tokens is {shard_tokens}: give a whole number of at least 1, and below {2**31}")
+    if (workers is not None and workers < 1) or format not in ("npy", "bin"):
+        raise ValueError(f"workers is {workers} and format {format}: give at least 1 worker, and npy or bin")
     source, revision = pinned(source, revision)
     where, name = canonical(source, name)
     options: dict[str, Any] = {"source": where, "name": name, "revision": revision, "text_column": text_column}
@@ -309,7 +307,8 @@ def _prepare(
 
     if documents["kept"] == 0:
         raise ValueError(
-            f"{options['source']} holds no text ({documents['null']} null and {documents['empty']} empty documents)"
+            f"{options['source']} holds no text ({documents['null']} null and {documents['empty']} empty documents): "
+            "give another --source"
         )
     if train.index == 0 or (train.index == 1 and not train.filled):
         raise ValueError(
@@ -328,4 +327,7 @@ def _sorted(entries: list[ShardEntry]) -> tuple[ShardEntry, ...]:
 
 def _progress_bar(tokens: int, shown: bool) -> "tqdm[Any]":
     calm = 0.1 if sys.stderr.isatty() else 10.0  # seconds between lines in a log file
-    return tqdm(initial=tokens, unit="tok", unit_scale=True, mininterval=calm, disable=not shown, dynamic_ncols=True)
+    bar = tqdm(initial=tokens, unit="tok", unit_scale=True, mininterval=calm, disable=not shown, dynamic_ncols=True)
+    bar._time = time.monotonic  # its own, the wall clock, may jump
+    bar.start_t = bar.last_print_t = time.monotonic()
+    return bar

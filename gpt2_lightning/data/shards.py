@@ -157,6 +157,8 @@ def open_shard(path: Path) -> np.ndarray:
             )
         if count == 0:
             raise ValueError("it holds no tokens")
+    except PermissionError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}): give this user the right to") from error
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise ValueError(f"{path} is not a whole shard: {reason}; {_AGAIN}") from error
@@ -264,8 +266,10 @@ def read_manifest(root: Path) -> Manifest | None:
         shards = tuple(ShardEntry(**shard) for shard in values.pop("shards"))
         manifest = Manifest(shards=shards, **values)
         _require_kinds(manifest)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
+    except PermissionError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}): give this user the right to") from error
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise not_to_be_trusted(root, " ".join(str(error).split())) from error
     return manifest
@@ -336,8 +340,10 @@ def verify(root: Path) -> Manifest:
     check_sizes(root)
     manifest = read_manifest(root)
     if manifest is None:
+        list_shards(root, "train")  # a folder that holds none says so
         raise ValueError(
-            f"{root} has no {MANIFEST_NAME} to verify against: its shards can be read, but not vouched for"
+            f"{root} has no {MANIFEST_NAME} to verify against: its shards can be read, but not vouched for, so prepare "
+            "them again to be sure"
         )
     wrong = []
     for shard in manifest.shards:

@@ -236,7 +236,8 @@ def _open_files(patterns: list[str], text_column: str) -> FileSource:
         if path.is_dir():
             raise SourceError(f"{path} is a folder: name its files, for example {path / '*.jsonl'}")
         if not path.name.endswith(SUFFIXES):
-            raise SourceError(f"{path} is of a kind that cannot be read: sources end in {' '.join(SUFFIXES)}")
+            kinds = " ".join(SUFFIXES)
+            raise SourceError(f"{path} is of a kind that cannot be read: sources end in {kinds}, so convert it")
     label = re.sub(r"[^\w-]", "_", paths[0].name.split(".")[0]) if len(paths) == 1 else "corpus"
     return FileSource(label or "corpus", tuple(paths), {"source": canonical(patterns)[0]}, text_column)
 
@@ -326,7 +327,12 @@ class HubSource:
 def _open_hub(repo: str, name: str | None, text_column: str, revision: str | None) -> HubSource:
     import datasets
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     try:
         commit = HfApi().dataset_info(repo, revision=revision).sha
@@ -337,6 +343,11 @@ def _open_hub(repo: str, name: str | None, text_column: str, revision: str | Non
         raise SourceError(f"{repo} has no revision {revision}: name another as --revision") from error
     except (RepositoryNotFoundError, datasets.exceptions.DatasetNotFoundError) as error:
         raise SourceError(f"the hub has no dataset {repo} that you may read: correct --source, or log in") from error
+    except HfHubHTTPError as error:  # it was reached, and says no
+        status = error.response.status_code if error.response is not None else 500
+        mend = "run the same command again later" if status == 429 or status >= 500 else "log in with `hf auth login`"
+        what = f"the hub does not give {repo} ({first_line(error)})"
+        raise SourceError(f"{what}: {mend}, or name another --source") from error
     except (ValueError, FileNotFoundError) as error:  # no such configuration, split or files: the message says more
         raise SourceError(f"{repo} cannot be opened ({first_line(error)}): correct --source or --name") from error
     except Exception as error:  # all that a network can do

@@ -100,8 +100,11 @@ def load_examples(path: str | Path | None = None) -> Examples:
         text = content.decode("utf-8-sig")  # some editors begin a file with a byte order mark
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"{path}, line {line} is not HellaSwag: not text in UTF-8") from None
-    return Examples(_parse_lines(text, str(path)), path.name)
+        raise ValueError(f"{path}, line {line} is not HellaSwag: not text in UTF-8, so fetch it again") from None
+    try:
+        return Examples(_parse_lines(text, str(path)), path.name)
+    except ValueError as error:
+        raise ValueError(f"{error}: give HellaSwag's own .jsonl, or {BUILTIN!r}") from None
 
 
 def _parse_lines(text: str, source: str) -> tuple[Example, ...]:
@@ -115,7 +118,7 @@ def _parse_lines(text: str, source: str) -> tuple[Example, ...]:
                 raise ValueError(f"{source}, line {number} is not HellaSwag: not JSON ({reason})") from None
             rows.append(_parse(record, f"{source}, line {number}"))
     if not rows:
-        raise ValueError(f"{source} has no rows: give a HellaSwag .jsonl")
+        raise ValueError(f"{source} has no rows")
     return tuple(rows)
 
 
@@ -267,7 +270,8 @@ def score_rows(
         raise ValueError(f"HellaSwag has no style {style!r}: take one of {', '.join(get_args(Style))}")
     if model.config.vocab_size < VOCAB_SIZE:
         raise ValueError(
-            f"HellaSwag needs GPT-2's {VOCAB_SIZE} tokens, and this model's vocab_size is {model.config.vocab_size}"
+            f"HellaSwag needs GPT-2's {VOCAB_SIZE} tokens, and this model's vocab_size is {model.config.vocab_size}: "
+            "score one that was trained on them"
         )
     rows = [
         _plan(i, examples.rows[i], style, model.config.block_size) for i in range(rank, len(examples.rows), world_size)
