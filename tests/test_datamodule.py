@@ -210,3 +210,9 @@ def test_accumulation_is_the_quotient_or_the_micro_batches_that_would_do_are_tol
         told = f"set data.micro_batch_size to one of {would_do}, or" if would_do else f"to a multiple of {T * W}"
         with pytest.raises(ValueError, match=re.escape(told)):
             accumulation(total, B, T, W, start_tokens=start)
+
+
+def test_a_step_of_more_tokens_than_anybody_has_is_refused_at_once():
+    assert accumulation(2**39, 64, 16, 1) == 2**29
+    with pytest.raises(ValueError, match="more than any step can take: lower it"):
+        accumulation(10**21, 4, 16, 1)

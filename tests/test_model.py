@@ -86,6 +86,7 @@ def test_flops_of_gpt2_124m_are_798m_per_token():
     [
         ({"n_head": 5, "n_embd": 32}, "n_head=5 does not divide n_embd=32: set n_head to one of [1, 2, 4, 8]"),
         ({"n_layer": 0}, "n_layer is 0: give a whole number of at least 1"),
+        ({"n_head": None}, "n_head is None: give a whole number of at least 1"),
     ],
 )
 def test_impossible_shapes_are_refused(shape, sentence):
