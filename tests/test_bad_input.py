@@ -1,15 +1,20 @@
 """Bad input: one clear sentence with the mend in it, an exit code that is not 0, no traceback, nothing lost."""
 
+import re
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gpt2_lightning.__main__ import main
+from gpt2_lightning.model import GPTConfig
+from gpt2_lightning.module import GPTModule
 
 HUGE = str(10**21)  # more than 64 bits hold
 NO_NUMBER = ["many", "[1, 2]", "{a: 1}", ""]
@@ -122,6 +127,38 @@ def test_the_version_is_told_without_imports(capsys):
 def test_an_unknown_key_in_the_recipe_is_named(refused, write_recipe, make_shards):
     recipe = write_recipe(make_shards(), data={"total_batch_size": 128})
     refused(["fit", "--config", recipe], "total_batch_size", code=2)
+
+
+SECTIONS = ["trainer", "model", "model.config", "model.optimizer.init_args", "model.lr_scheduler.init_args", "data"]
+SECTIONS += ["validation", "hellaswag", "samples", "checkpoint", "nonfinite", ""]
+
+
+@settings(max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(section=st.sampled_from(SECTIONS), key=st.text("abcxyz_", min_size=5, max_size=9))
+def test_an_unknown_key_in_any_section_is_named(section, key, write_recipe, make_shards, refused, tmp_path):
+    root = tmp_path / "shards"
+    recipe = yaml.safe_load(write_recipe(root if root.exists() else make_shards()).read_text())
+    place = recipe
+    for name in filter(None, section.split(".")):
+        place = place.setdefault(name, {})
+    place[key] = 1
+    Path("odd.yaml").write_text(yaml.safe_dump(recipe))
+    refused(["fit", "--config", "odd.yaml"], key, code=2)
+
+
+SHAPES = st.builds(GPTConfig, *[st.integers(1, 2)] * 3, st.just(1), st.integers(1, 2))
+
+
+@given(ours=SHAPES, theirs=SHAPES)
+def test_each_difference_of_a_checkpoint_s_shape_is_named_and_no_other(ours, theirs):
+    module, checkpoint = GPTModule(ours), {"hyper_parameters": {"config": asdict(theirs)}}
+    different = [f"{name}={value} (theirs: {asdict(theirs)[name]})" for name, value in asdict(ours).items()]
+    different = [text for text in different if re.fullmatch(r".*=(\d) \(theirs: (?!\1).\)", text)]
+    if not different:
+        module.on_load_checkpoint(checkpoint)
+        return
+    with pytest.raises(ValueError, match=re.escape(f"to resume from: {', '.join(different)}; give the shape")):
+        module.on_load_checkpoint(checkpoint)
 
 
 def test_a_missing_folder_of_shards(refused, write_recipe, tmp_path):
