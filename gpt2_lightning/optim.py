@@ -82,10 +82,12 @@ class Muon(AdamW):
         momentum: float = 0.95,
         momentum_warmup_steps: int = 300,
     ) -> None:
-        if not 0 <= momentum < 1 or momentum_warmup_steps < 0:
+        if not 0 <= momentum < 1 or not 0 <= momentum_warmup_steps < 2**40:
             raise ValueError(
                 f"momentum={momentum}, momentum_warmup_steps={momentum_warmup_steps}: give 0 to below 1, and at least 0"
             )
+        if adamw_lr is not None and not adamw_lr >= 0:  # of a group, at which torch's AdamW does not look
+            raise ValueError(f"adamw_lr={adamw_lr}: give 0 or more, or null for that of the matrices")
         groups: list[Any] = list(params)
         if groups and isinstance(groups[0], tuple):
             groups = decay_groups(groups)

@@ -160,6 +160,8 @@ def batch_size_stages(total_batch_tokens: int, schedule: BatchSizeSchedule | Non
     """
     if schedule is None:
         return [Stage(0, 0, total_batch_tokens)]
+    if schedule.start_tokens is None or schedule.ramp_tokens is None:  # left empty in a recipe
+        raise ValueError("data.batch_size_schedule needs start_tokens and ramp_tokens: give both, or set it to null")
     start, doublings = schedule.start_tokens, 0
     while 0 < start << doublings < total_batch_tokens:
         doublings += 1

@@ -92,6 +92,21 @@ def test_sample_i_is_tokens_from_i_t_on_of_the_concatenated_shards_or_of_a_permu
         )
 
 
+@settings(max_examples=30)
+@given(lengths=SHARDS, vocab_size=st.integers(1, 64), order=st.sampled_from(["sequential", "shuffled"]))
+def test_one_id_beyond_the_vocabulary_anywhere_is_named_with_its_shard(tmp_path_factory, lengths, vocab_size, order):
+    folder = tmp_path_factory.mktemp("shards")
+    tokens = _write_shards(folder, lengths)
+    shards = list_shards(folder, "train")
+    beyond = [max(part.tolist()) for part in np.split(tokens, np.cumsum(lengths)[:-1])]
+    wrong = [(highest, shard) for highest, shard in zip(beyond, shards, strict=True) if highest >= vocab_size]
+    if not wrong:
+        assert len(WindowDataset(shards, T, vocab_size, order, 0)) == (sum(lengths) - 1) // T
+        return
+    with pytest.raises(ValueError, match=re.escape(f"token id {wrong[0][0]} in {wrong[0][1]} is not below")):
+        WindowDataset(shards, T, vocab_size, order, 0)
+
+
 def _ramp(step, start, total, ramp_tokens):
     """Tokens before and of a step of a batch that doubles whenever GPT-3's line has reached the next doubling."""
     before = 0
@@ -206,7 +221,16 @@ def test_accumulation_is_the_quotient_or_the_micro_batches_that_would_do_are_tol
     if B in would_do:
         found = accumulation(total, B, T, W, start_tokens=start)
         assert found * B * T * W == total
+        assert accumulation(total, B, T, W, found, start) == found
+        with pytest.raises(ValueError, match=f"takes {found} micro-batches on {W} device"):
+            accumulation(total, B, T, W, found + 1, start)
     else:
         told = f"set data.micro_batch_size to one of {would_do}, or" if would_do else f"to a multiple of {T * W}"
         with pytest.raises(ValueError, match=re.escape(told)):
             accumulation(total, B, T, W, start_tokens=start)
+
+
+def test_a_step_of_more_tokens_than_anybody_has_is_refused_at_once():
+    assert accumulation(2**39, 64, 16, 1) == 2**29
+    with pytest.raises(ValueError, match="more than any step can take: lower it"):
+        accumulation(10**21, 4, 16, 1)

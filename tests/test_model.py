@@ -1,5 +1,6 @@
 """The network: equal to HF's GPT-2, causal, tied, initialised as published."""
 
+import json
 import math
 import re
 
@@ -86,11 +87,26 @@ def test_flops_of_gpt2_124m_are_798m_per_token():
     [
         ({"n_head": 5, "n_embd": 32}, "n_head=5 does not divide n_embd=32: set n_head to one of [1, 2, 4, 8]"),
         ({"n_layer": 0}, "n_layer is 0: give a whole number of at least 1"),
+        ({"n_head": None}, "n_head is None: give a whole number of at least 1"),
     ],
 )
 def test_impossible_shapes_are_refused(shape, sentence):
     with pytest.raises(ValueError, match=re.escape(sentence)):
         GPTConfig(**shape)
+
+
+@given(n_head=st.integers(1, 70), n_embd=st.integers(1, 70))
+def test_heads_divide_the_width_or_those_that_do_are_told(n_head, n_embd):
+    if n_embd % n_head == 0:
+        assert GPT(GPTConfig(1, 1, 1, n_head, n_embd))(torch.zeros(1, 1, dtype=torch.long)).shape == (1, 1, 1)
+        return
+    with pytest.raises(ValueError, match=r"set n_head to one of \[.+\]") as error:
+        GPTConfig(n_head=n_head, n_embd=n_embd)
+    told = json.loads(str(error.value).partition("one of ")[2])
+    divisors = [h for h in range(1, n_embd + 1) if n_embd % h == 0]
+    assert told == sorted(set(told) & set(divisors))
+    left = [h for h in divisors if h not in told]
+    assert all(abs(h - n_head) >= max(abs(t - n_head) for t in told) for h in left), "the nearest"
 
 
 def test_a_sequence_longer_than_the_context_is_refused(model):

@@ -193,6 +193,9 @@ def test_what_muon_cannot_take_is_refused():
         Muon(model.parameters())
     with pytest.raises(ValueError, match="no matrix of a block"):
         Muon([("wte.weight", torch.nn.Parameter(torch.zeros(3, 3)))])
+    for wrong in (-1e-3, float("nan")):  # below 0 it would climb the loss
+        with pytest.raises(ValueError, match=f"adamw_lr={wrong}: give 0 or more"):
+            Muon(model.named_parameters(), adamw_lr=wrong)
 
 
 def test_adamw_knows_its_names():

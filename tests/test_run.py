@@ -1,20 +1,32 @@
 """One run: what stops it, where it goes on, and who may write into its folder. In this process; see test_job.py."""
 
+import contextlib
+import itertools
 import math
 import os
 import re
 import signal
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from processes import assert_same_run, read_log
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from gpt2_lightning.__main__ import main
-from gpt2_lightning.callbacks.checkpoint import StepCheckpoint, saved_steps
+from gpt2_lightning.callbacks.cadence import EveryNSteps
+from gpt2_lightning.callbacks.checkpoint import AtomicCheckpointIO, StepCheckpoint, saved_steps
 from gpt2_lightning.callbacks.log_txt import LogTxt
+from gpt2_lightning.callbacks.signals import StopOnSignal
+from gpt2_lightning.data.shards import atomic_file
 from gpt2_lightning.job import claim, is_first_process
+from gpt2_lightning.model import GPTConfig
 from gpt2_lightning.module import GPTModule
 
 SCHEDULE = {
@@ -30,6 +42,178 @@ def _flip(path: Path, at: float = 0.5) -> None:
         byte = file.read(1)[0]
         file.seek(-1, 1)
         file.write(bytes([byte ^ 1]))
+
+
+class Killed(BaseException):
+    """Stands for kill -9, which test_unkillable.py sends to whole processes: nothing of ours may catch it."""
+
+
+@contextlib.contextmanager
+def _at_event(number: int, strike: Callable[[], None]) -> Iterator[None]:
+    """Calls ``strike`` at the ``number``-th of a run's micro-batches, validation batches and renames of checkpoints."""
+    left = [number]
+
+    def striking(plain: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            left[0] -= 1
+            if left[0] == 0:
+                strike()
+            return plain(*args, **kwargs)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name in ((GPTModule, "training_step"), (GPTModule, "validation_step"), (os, "replace")):
+            patch.setattr(owner, name, striking(getattr(owner, name)))
+        yield
+
+
+def _die() -> None:
+    raise Killed
+
+
+EXAMPLE = itertools.count()
+WHOLE_RUNS = {"phases": [Phase.generate], "suppress_health_check": [HealthCheck.function_scoped_fixture]}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="os.kill ends the process there")
+@settings(max_examples=10, **WHOLE_RUNS)
+@given(data=st.data())
+def test_cut_anywhere_in_any_way_again_and_again_it_is_the_run_never_cut(
+    data, make_shards, write_recipe, read_scalars, tmp_path
+):
+    draw, name = data.draw, f"example{next(EXAMPLE)}"
+    steps, N, M = draw(st.integers(3, 8)), draw(st.integers(1, 4)), draw(st.integers(1, 4))
+    recipe = write_recipe(
+        make_shards(name=f"{name}-data"),
+        name=name,
+        trainer={"max_steps": steps},
+        model={
+            "config": {"block_size": 16, "vocab_size": 64, "n_layer": 1, "n_head": 2, "n_embd": 16},
+            "lr_scheduler": {**SCHEDULE, "init_args": SCHEDULE["init_args"] | {"max_steps": steps}},
+            "optimizer": {"class_path": f"gpt2_lightning.optim.{draw(st.sampled_from(['AdamW', 'Muon']))}"},
+        },
+        data={
+            "order": draw(st.sampled_from(["sequential", "shuffled"])),
+            "micro_batch_size": draw(st.sampled_from([4, 8])),
+            "batch_size_schedule": draw(st.sampled_from([None, {"start_tokens": 32, "ramp_tokens": 150}])),
+        },
+        validation={"every_n_steps": N},
+        checkpoint={"every_n_steps": M},
+    )
+    whole, cut = tmp_path / f"{name}-whole", tmp_path / name
+    args = ["fit", "--config", str(recipe), "--run_dir"]
+    assert main([*args, str(whole)]) == 0
+    assert [step for word, step, _ in read_log(whole) if word == "val"] == sorted({*range(0, steps, N), steps})
+    assert [saved.name for saved in saved_steps(whole / "checkpoints")] == [
+        f"step_{step:06d}.ckpt" for step in sorted({*range(M, steps, M), steps})
+    ]
+
+    for _ in range(draw(st.integers(1, 3))):
+        workers = ["--data.num_workers", draw(st.sampled_from(["0", "0", "2"]))]  # another number at each start
+        strike = draw(st.sampled_from([_die, lambda: os.kill(os.getpid(), signal.SIGTERM), None]))
+        if strike is None:  # a shorter run first, which is validated where it ends
+            end = min(steps, N * draw(st.integers(1, steps)))
+            assert main([*args, str(cut), *workers, "--trainer.max_steps", str(end)]) == 0
+            continue
+        with _at_event(draw(st.integers(1, 30)), strike), contextlib.suppress(Killed):
+            assert main([*args, str(cut), *workers]) in (0, 128 + signal.SIGTERM)
+    assert main([*args, str(cut)]) == 0
+    assert_same_run(cut, whole, read_scalars, steps)
+
+
+class Noted(EveryNSteps):
+    """Notes the steps that it runs after."""
+
+    def __init__(self, every_n_steps: int, evaluates: bool) -> None:
+        super().__init__(every_n_steps)
+        self.evaluates = evaluates
+        self.noted: list[int] = []
+
+    def run(self, trainer: Any, module: Any, step: int) -> None:
+        self.noted.append(step)
+
+
+@given(data=st.data())
+def test_every_n_steps_is_0_and_n_and_2n_and_the_last_however_often_a_run_is_cut(data):
+    """Cut by a kill, which goes back to the last checkpoint, or by a signal, which ends the run after the step."""
+    draw = data.draw
+    N, M, micro_batches, steps = (draw(st.integers(least, most)) for least, most in ((0, 9), (1, 9), (1, 3), (1, 20)))
+    module, stop = GPTModule(GPTConfig(1, 1, 1, 1, 1)), StopOnSignal()
+    made: list[int] = []  # as a reader of the logs sees it: what comes again stands there once
+    saved, state, put_off = 0, None, None
+    while True:
+        evaluation, checkpoint = Noted(N, evaluates=True), Noted(M, evaluates=False)
+        if state is not None:
+            evaluation.load_state_dict(state)
+        made = [step for step in made if step <= saved and state is not None]  # without a checkpoint all begins anew
+        callbacks, stop.signal = [stop, evaluation, checkpoint], 0
+        trainer: Any = SimpleNamespace(global_step=saved, max_steps=steps, should_stop=False, callbacks=callbacks)
+        for callback in callbacks[1:]:
+            callback.on_train_start(trainer, module)
+        killed = draw(st.none() | st.integers(0, 3 * micro_batches * steps))  # after so many micro-batches
+        signalled = draw(st.none() | st.integers(saved + 1, steps + 1))  # in this step
+        count = 0
+        while trainer.global_step < steps and not trainer.should_stop and count != killed:
+            count += 1
+            if count % micro_batches == 0:
+                trainer.global_step += 1
+                if trainer.global_step == signalled:
+                    stop.signal, trainer.should_stop = signal.SIGTERM, True
+            for callback in callbacks[1:]:
+                callback.on_train_batch_end(trainer, module, None, None, count)
+            if checkpoint.noted[-1:] == [trainer.global_step]:
+                saved, state = trainer.global_step, evaluation.state_dict()
+                put_off = saved if trainer.should_stop else None
+        ended = trainer.global_step == steps and count != killed
+        if ended or trainer.should_stop:
+            for callback in callbacks[1:]:
+                callback.on_train_end(trainer, module)
+            saved, state, put_off = trainer.global_step, evaluation.state_dict(), trainer.global_step
+        assert evaluation.noted == sorted(set(evaluation.noted))
+        # what a signal had put off at the checkpoint's step was perhaps made up for, and then the run was killed
+        assert set(evaluation.noted) & set(made) <= {put_off}, "twice at one step"
+        made += [step for step in evaluation.noted if step not in made]
+        if ended:
+            break
+    assert made == (sorted({*range(0, steps, N), steps}) if N else [])
+
+
+@settings(max_examples=30)
+@given(at=st.integers(0, 4000), error=st.sampled_from([OSError(28, "No space left on device"), Killed()]))
+def test_a_checkpoint_whose_writing_fails_at_any_byte_leaves_the_one_before_it(tmp_path_factory, at, error):
+    path = tmp_path_factory.mktemp("checkpoints") / "last.ckpt"
+    AtomicCheckpointIO().save_checkpoint({"weights": torch.zeros(100)}, path)
+    before = path.read_bytes()
+
+    class Full:
+        def __init__(self, file: Any) -> None:
+            self.file, self.room = file, at
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.file, name)
+
+        def write(self, part: bytes) -> int:
+            self.file.write(bytes(part)[: self.room])
+            self.room -= len(part)
+            if self.room < 0:
+                raise error
+            return len(part)
+
+    @contextlib.contextmanager
+    def full(target: Path) -> Iterator[Any]:
+        with atomic_file(target) as file:
+            yield Full(file)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("gpt2_lightning.callbacks.checkpoint.atomic_file", full)
+        with contextlib.suppress(Killed, ValueError):
+            AtomicCheckpointIO().save_checkpoint({"weights": torch.ones(100)}, path)
+            assert torch.equal(torch.load(path)["weights"], torch.ones(100))  # there was room enough
+            return
+    assert path.read_bytes() == before
+    assert [entry.name for entry in path.parent.iterdir()] == ["last.ckpt"]
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "empty"])

@@ -197,7 +197,14 @@ def test_each_step_of_a_ramp_has_its_stages_tokens_and_never_shrinks(doublings, 
 
 
 @pytest.mark.parametrize(
-    ("start", "ramp", "part"), [(3, 10, "one of [16, 8, 4, 2, 1]"), (0, 10, "doubling"), (4, 0, "ramp_tokens is 0")]
+    ("start", "ramp", "part"),
+    [
+        (3, 10, "one of [16, 8, 4, 2, 1]"),
+        (0, 10, "doubling"),
+        (4, 0, "ramp_tokens is 0"),
+        (None, 10, "needs start_tokens and ramp_tokens: give both"),
+        (4, None, "needs start_tokens and ramp_tokens: give both"),
+    ],
 )
 def test_a_ramp_that_leads_nowhere_is_refused(start, ramp, part):
     with pytest.raises(ValueError, match=re.escape(part)):

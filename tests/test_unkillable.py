@@ -1,6 +1,7 @@
 """One run: killed at any moment and started again, alone or with peers, its curve is that of a run never cut."""
 
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -12,8 +13,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
 from processes import (
+    EXACT,
     PATIENCE,
     assert_close_curves,
     assert_same_run,
@@ -240,6 +245,56 @@ def test_one_process_then_two_then_one_is_one_curve(make_shards, write_recipe, r
     steps = [step for word, step, _ in read_log(tmp_path / "elastic") if word == "train"]
     assert steps == list(range(24))  # each once: it went on where it had stopped
     assert_close_curves(tmp_path / "elastic", tmp_path / "alone", read_scalars, 24)
+
+
+EXAMPLE = itertools.count()
+
+
+@settings(max_examples=3, phases=[Phase.generate], suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    world_size=st.sampled_from([3, 2]),
+    B=st.integers(1, 3),
+    accumulate=st.integers(1, 3),
+    doublings=st.integers(0, 1),
+    order=st.sampled_from(["shuffled", "sequential"]),
+    windows=st.integers(3, 20),
+    begun=st.integers(0, 3),
+)
+def test_any_number_of_processes_goes_on_with_one_process_s_curve(
+    world_size, B, accumulate, doublings, order, windows, begun, make_shards, write_recipe, read_scalars, tmp_path
+):
+    """Of ``begun`` steps by one process; validation windows that the others cannot share evenly among them."""
+    name, steps, T = f"example{next(EXAMPLE)}", 6, 16
+    start = world_size * B * accumulate * T
+    recipe = write_recipe(
+        make_shards(name=f"{name}-data"),
+        name=name,
+        trainer={"max_steps": steps},
+        model=_schedule(steps),
+        data={
+            "order": order,
+            "total_batch_tokens": start << doublings,
+            "batch_size_schedule": {"start_tokens": start, "ramp_tokens": 2.5 * start} if doublings else None,
+            "micro_batch_size": B << doublings,
+        },
+        validation={"every_n_steps": 2, "tokens": windows * T},
+    )
+    alone, elastic, output = tmp_path / f"{name}-alone", tmp_path / name, tmp_path / f"{name}.txt"
+    command = ["fit", "--config", str(recipe), "--run_dir"]
+    assert await_exit(fork([*command, str(alone)], output)) == 0, output.read_text()
+    if begun:
+        first = [*command, str(elastic), "--trainer.max_steps", str(begun), "--validation.every_n_steps", "0"]
+        assert await_exit(fork(first, output)) == 0, output.read_text()
+    many = ["--trainer.devices", str(world_size), "--trainer.strategy", "ddp"]
+    with commands(output, ["-m", "gpt2_lightning", *command, str(elastic), *many]) as (process,):
+        assert process.wait(PATIENCE) == 0, output.read_text()[-3000:]
+    ours, theirs = read_scalars(elastic), read_scalars(alone)
+    assert list(theirs["train/tokens"].values())[-1] == sum([start] * 3 + [2 * start] * 3 if doublings else [start] * 6)
+    for tag in EXACT:
+        missed = [step for step in theirs[tag] if step < begun and tag == "val/loss"]
+        assert [*missed, *ours[tag]] == list(theirs[tag]), tag
+        expected = [value for step, value in theirs[tag].items() if step not in missed]
+        np.testing.assert_allclose(list(ours[tag].values()), expected, rtol=1e-5, err_msg=tag)
 
 
 def test_two_nodes_under_torchrun_train_as_one_process_does(make_shards, write_recipe, read_scalars, tmp_path):

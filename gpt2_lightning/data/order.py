@@ -7,6 +7,7 @@ Micro-batch m of rank r takes B of them from S(s) + (m·W + r)·B on. That is a 
 nor of the micro-batch B, the workers, or where a run was cut.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
@@ -157,8 +158,11 @@ def micro_batches(total_batch_tokens: int, block_size: int, world_size: int, sta
             f"data.{name}={start_tokens} is not a multiple of block_size {block_size} on "
             f"{devices(world_size)}: set it to a multiple of {block_size * world_size}"
         )
+    if total_batch_tokens >= 2**40:
+        raise ValueError(f"data.total_batch_tokens={total_batch_tokens} is more than any step can take: lower it")
     growth = total_batch_tokens // start_tokens
-    return [b * growth for b in range(1, per_rank + 1) if per_rank % b == 0]
+    divisors = [b for b in range(1, math.isqrt(per_rank) + 1) if per_rank % b == 0]
+    return sorted({b * growth for divisor in divisors for b in (divisor, per_rank // divisor)})
 
 
 def accumulation(
