@@ -18,7 +18,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from gpt2_lightning.callbacks.checkpoint import AtomicCheckpointIO, StepCheckpoint, read_checkpoint
+from gpt2_lightning.callbacks.checkpoint import AtomicCheckpointIO, StepCheckpoint
 from gpt2_lightning.callbacks.dashboard import Dashboard
 from gpt2_lightning.callbacks.hellaswag import HellaSwag
 from gpt2_lightning.callbacks.log_txt import LogTxt
@@ -27,8 +27,9 @@ from gpt2_lightning.callbacks.progress import StepProgressBar
 from gpt2_lightning.callbacks.samples import Samples
 from gpt2_lightning.callbacks.signals import stop_signal
 from gpt2_lightning.callbacks.validation import ValidationLoss
+from gpt2_lightning.checkpoint_file import read_checkpoint
 from gpt2_lightning.data.datamodule import TokenDataModule
-from gpt2_lightning.data.shards import atomic_file
+from gpt2_lightning.files import atomic_file
 from gpt2_lightning.job import (
     TRAINER_DEFAULTS,
     Resume,
@@ -167,11 +168,6 @@ class CLI(LightningCLI):
             if config.trainer.strategy == "fully_shard":  # evaluation alone needs no more than the weights
                 config.trainer.strategy = "auto"
             return
-        if str(config.trainer.precision) in ("bf16-true", "16-true"):
-            raise ValueError(
-                f"trainer.precision {config.trainer.precision} keeps the weights themselves in 16 bits, where small "
-                f"updates are lost: give {str(config.trainer.precision).replace('true', 'mixed')}"
-            )
         refuse_other_settings(config.trainer)
         self.claim = claim(self.run_dir) if is_first_process() else nullcontext()
         self.resumed_step = 0

@@ -1,7 +1,6 @@
 """Hugging Face's GPT-2 format: the key maps both ways, and reading, from a folder or the hub."""
 
 import json
-import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from gpt2_lightning.checkpoint_file import torch_load
 from gpt2_lightning.model import GPTConfig
 
 # Conv1D in HF, which stores (in, out); nn.Linear stores (out, in)
@@ -132,25 +132,6 @@ def _read_weight_file(path: Path) -> dict[str, Tensor]:
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{path} is a torch file, but not one of weights by name")
     return state
-
-
-def torch_load(path: Path, mmap: bool = True) -> Any:
-    """What ``torch.save`` wrote, on the CPU, memory-mapped or read: tensors and plain values only, no code is run.
-
-    Raises:
-        ValueError: the file is damaged, or asks for more than plain values.
-    """
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except pickle.UnpicklingError:
-        raise ValueError(
-            f"{path} holds more than tensors and plain values: it is not a file of ours, and stays shut"
-        ) from None
-    except Exception as error:  # what a damaged pickle raises depends on the byte
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(
-            f"{path} is damaged or cut short ({reason}): take an earlier checkpoint or fetch it again"
-        ) from None
 
 
 def download(name: str, revision: str | None) -> Path:

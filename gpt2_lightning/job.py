@@ -18,12 +18,12 @@ from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.strategies import Strategy, StrategyRegistry
 
-from gpt2_lightning.callbacks.checkpoint import saved_steps
 from gpt2_lightning.callbacks.metrics import StepMetrics
 from gpt2_lightning.callbacks.micro_batch import AutoMicroBatch
 from gpt2_lightning.callbacks.signals import StopOnSignal
 from gpt2_lightning.callbacks.time_spent import TimeSpent
-from gpt2_lightning.lock import try_lock
+from gpt2_lightning.checkpoint_file import saved_steps
+from gpt2_lightning.files import try_lock
 
 Resume = Literal["auto", "must", "never"]
 
@@ -106,6 +106,7 @@ def end_with_launcher() -> None:
 
 REFUSED_STRATEGIES = {
     "fsdp": "flattens the parameters, so that their shapes no longer tell which are decayed: give fully_shard",
+    "modelparallel": "leaves each process of a node to train alone: give fully_shard",
     "deepspeed": "writes checkpoints that only DeepSpeed opens: give ddp, or fully_shard where memory is short",
     "ddp_spawn": "cannot hand the run to the processes that it spawns: give ddp",
     "ddp_fork": "is for notebooks, and no signal would stop its processes at a step: give ddp",
@@ -131,11 +132,16 @@ def refuse_other_settings(trainer: Any) -> None:
     """Compares the ``trainer`` section of a recipe with what a run can obey, before anything is made.
 
     Raises:
-        ValueError: a setting counts something else than optimizer steps, or is below 0.
+        ValueError: a setting counts something else than optimizer steps, is below 0, or keeps 16-bit weights.
     """
     if trainer.max_steps < 1:
         is_what = "not set" if trainer.max_steps == -1 else trainer.max_steps
         raise ValueError(f"trainer.max_steps is {is_what}: give the number of optimizer steps of the whole run")
+    if str(trainer.precision) in ("bf16-true", "16-true"):
+        raise ValueError(
+            f"trainer.precision {trainer.precision} keeps the weights themselves in 16 bits, where small updates are "
+            f"lost: give {trainer.precision.replace('true', 'mixed')}"
+        )
     for name, why in REFUSED_SETTINGS.items():
         if trainer[name] not in (None, TRAINER_DEFAULTS.get(name), -1):  # -1: of epochs without an end
             raise ValueError(f"trainer.{name} {why}")
@@ -157,7 +163,8 @@ def refuse_other_strategies(strategy: str | Strategy) -> None:
     for beginning, why in REFUSED_STRATEGIES.items():
         if kind.startswith(beginning):
             raise ValueError(f"trainer.strategy {name} {why}")
-    if "xla" in kind or "tpu" in kind or (isinstance(strategy, str) and strategy not in ("auto", *StrategyRegistry)):
+    registered = not isinstance(strategy, str) or strategy in ("auto", *StrategyRegistry) or name.endswith("Strategy")
+    if "xla" in kind or "tpu" in kind or not registered:
         raise ValueError(
             f"trainer.strategy {name} is none of those that train here: give auto, ddp or fully_shard, or leave it out"
         )

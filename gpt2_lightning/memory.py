@@ -56,7 +56,7 @@ class Step:
     ddp: bool = False
     """Several processes, each with all weights: gradients are kept twice, the second time in DDP's buckets."""
     shards: int = 1
-    """Devices that share weights, gradients and optimizer state: 1 unless the strategy is FSDP or its kin."""
+    """Devices that share weights, gradients and optimizer state: 1 unless the strategy is fully_shard."""
 
 
 def memory(config: GPTConfig, micro_batch_size: int, step: Step) -> dict[str, int]:

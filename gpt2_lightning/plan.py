@@ -42,8 +42,6 @@ PRECISIONS = {
     "32-true": (4, 4),
     "bf16-mixed": (4, 2),
     "16-mixed": (4, 2),
-    "bf16-true": (2, 2),
-    "16-true": (2, 2),
     "64-true": (8, 8),
 }
 """``trainer.precision`` → bytes of a weight and of an activation. Others are refused."""
@@ -77,8 +75,7 @@ def plan(
         )
     refuse_other_settings(trainer)
     config = shape_of(recipe.model)
-    if isinstance(trainer.strategy, str):
-        refuse_other_strategies(trainer.strategy)
+    refuse_other_strategies(_strategy(trainer.strategy)[0])
     devices = devices_of(trainer)
     world_size = gpus or devices
     step, notes = step_of(recipe, gpu, world_size)
@@ -186,7 +183,7 @@ def step_of(recipe: Any, gpu: GPU | None, world_size: int) -> tuple[Step, list[s
     cpu = trainer.accelerator == "cpu" and gpu is None
     optimizer = model.optimizer.class_path.rpartition(".")[2]
     strategy, options = _strategy(trainer.strategy)
-    sharded = any(word in strategy.lower().replace("_", "") for word in ("fsdp", "fullyshard", "modelparallel"))
+    sharded = "fullyshard" in strategy.lower().replace("_", "")
     notes = []
     if optimizer not in OPTIMIZERS:
         notes.append(f"the state of {optimizer} is not known: it is taken as AdamW's")
@@ -285,7 +282,7 @@ def describe(found: dict[str, Any]) -> str:
 
 
 def _describe_step(step: dict[str, Any]) -> str:
-    kind = {(4, 4): "fp32", (4, 2): "16-bit autocast", (2, 2): "16 bits throughout", (8, 8): "fp64"}
+    kind = {(4, 4): "fp32", (4, 2): "16-bit autocast", (8, 8): "fp64"}
     return ", ".join(
         [
             kind[step["weight_bytes"], step["activation_bytes"]],

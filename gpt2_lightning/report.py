@@ -23,7 +23,7 @@ from gpt2_lightning.charts import (
     panels,
     standard_error,
 )
-from gpt2_lightning.data.shards import atomic_file
+from gpt2_lightning.files import atomic_file
 from gpt2_lightning.run_folder import MAIN_SETTINGS, Run, Start, read_run
 
 OF_NO_INTEREST = re.compile(

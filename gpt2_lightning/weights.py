@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gpt2_lightning import hf, hf_export, llmc
+from gpt2_lightning.checkpoint_file import torch_load
 from gpt2_lightning.model import GPT, GPTConfig
 from gpt2_lightning.run_folder import read_run
 
@@ -87,7 +88,7 @@ def _figures(checkpoint: Path) -> dict[str, str]:
     """What the run had measured when it wrote ``checkpoint``: its steps, and the last values of its TensorBoard log."""
     if checkpoint.suffix != ".ckpt":
         return {}
-    saved = hf.torch_load(checkpoint)
+    saved = torch_load(checkpoint)
     step = saved.get("global_step")
     if step is None:  # weights alone, in a checkpoint's layout
         return {}
@@ -105,7 +106,7 @@ def _figures(checkpoint: Path) -> dict[str, str]:
 
 
 def _read_checkpoint(path: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
-    checkpoint = hf.torch_load(path)
+    checkpoint = torch_load(path)
     shape = _shape_in(checkpoint)
     if shape is None:
         raise ValueError(

@@ -459,6 +459,8 @@ FIT --trainer.num_nodes 0
     1 `num_nodes` must be a positive integer … correct
 FIT --trainer.strategy foo
     1 trainer.strategy foo … give auto, ddp or fully_shard
+FIT --trainer.strategy lightning.pytorch.strategies.ModelParallelStrategy
+    1 ModelParallelStrategy … give fully_shard
 FIT --trainer.strategy fsdp
     1 trainer.strategy fsdp … give fully_shard
 VALIDATE --ckpt_path run/checkpoints/last.ckpt --trainer.strategy fsdp
@@ -637,6 +639,12 @@ BENCH --n_head 3
     1 n_head=3 does not divide n_embd=8 … set n_head to one of
 PLAN --model.config.n_head 3
     1 n_head=3 does not divide n_embd=16 … set n_head to one of
+PLAN --trainer.precision bf16-true
+    1 bf16-true … give bf16-mixed
+PLAN --trainer.min_steps 2
+    1 trainer.min_steps … leave it out
+PLAN --trainer.strategy lightning.pytorch.strategies.ModelParallelStrategy
+    1 ModelParallelStrategy … give fully_shard
 PLAN --trainer.gradient_clip_val -1
     1 gradient_clip_val is -1 … 0 for never
 report nowhere

@@ -24,7 +24,7 @@ from gpt2_lightning.callbacks.cadence import EveryNSteps
 from gpt2_lightning.callbacks.checkpoint import AtomicCheckpointIO, StepCheckpoint, saved_steps
 from gpt2_lightning.callbacks.log_txt import LogTxt
 from gpt2_lightning.callbacks.signals import StopOnSignal
-from gpt2_lightning.data.shards import atomic_file
+from gpt2_lightning.files import atomic_file
 from gpt2_lightning.job import claim, is_first_process
 from gpt2_lightning.model import GPTConfig
 from gpt2_lightning.module import GPTModule

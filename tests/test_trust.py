@@ -20,9 +20,10 @@ import torch
 from processes import await_exit, fork, run_gpt2
 
 from gpt2_lightning.__main__ import main
-from gpt2_lightning.callbacks.checkpoint import PARTS
+from gpt2_lightning.checkpoint_file import PARTS
 from gpt2_lightning.data.prepare import ensure_prepared, prepare
-from gpt2_lightning.data.shards import atomic_file, read_manifest, verify
+from gpt2_lightning.data.shards import read_manifest, verify
+from gpt2_lightning.files import atomic_file
 from gpt2_lightning.model import GPT, GPTConfig
 from gpt2_lightning.weights import export, load
 

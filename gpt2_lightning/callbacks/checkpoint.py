@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,9 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from gpt2_lightning.callbacks.cadence import EveryNSteps
 from gpt2_lightning.callbacks.validation import ValidationLoss
-from gpt2_lightning.data.shards import atomic_file
-from gpt2_lightning.hf import torch_load
+from gpt2_lightning.checkpoint_file import saved_steps, torch_load
+from gpt2_lightning.files import atomic_file
 from gpt2_lightning.module import GPTModule
-
-PARTS = {"state_dict", "optimizer_states", "lr_schedulers", "loops", "callbacks", "global_step", "hyper_parameters"}
-"""What a run needs of its checkpoint to go on."""
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -47,48 +43,6 @@ def _reason(error: BaseException | None) -> str:
             return error.strerror or said
         error = error.__context__
     return said
-
-
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint to resume from, every byte of it compared with its checksum: torch itself does not look at them.
-
-    Raises:
-        ValueError: there is none, it is not a run's, or it is damaged; then with the newest beside it that is whole.
-    """
-    if not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
-        raise ValueError(f"{path} {what}: correct ckpt_path, or leave it out")
-    damage = _damage(path)
-    if damage is not None:
-        before = [p for p in saved_steps(path.parent) if not p.samefile(path)]
-        whole = next((p for p in reversed(before) if _damage(p) is None), None)
-        mend = f"go on from the one before it, --ckpt_path {whole}" if whole else "start anew in another run_dir"
-        raise ValueError(f"{path} is damaged ({damage}): {mend}")
-    checkpoint = torch_load(path, mmap=False)
-    if not (
-        isinstance(checkpoint, dict)
-        and checkpoint.keys() >= PARTS
-        and "config" in (checkpoint["hyper_parameters"] or {})
-    ):
-        raise ValueError(f"{path} is no checkpoint of a gpt2_lightning run: to start from its weights, use init_from")
-    return checkpoint
-
-
-def saved_steps(folder: Path) -> list[Path]:
-    """The ``step_*.ckpt`` of a folder, the earliest first; from the millionth step on their names are longer."""
-    return sorted(folder.glob("step_*.ckpt"), key=lambda path: (len(path.name), path.name))
-
-
-def _damage(path: Path) -> str | None:
-    """What is wrong with a file that ``torch.save`` wrote, or None."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            broken = archive.testzip()
-    except PermissionError:
-        raise
-    except Exception as error:  # what a damaged archive raises depends on the byte
-        return str(error) or type(error).__name__
-    return broken and f"the checksum of {broken} does not fit"
 
 
 class StepCheckpoint(EveryNSteps, Checkpoint):

@@ -7,7 +7,7 @@ from typing import Any
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from gpt2_lightning.data.shards import atomic_file
+from gpt2_lightning.files import atomic_file
 
 LINES = {"val/loss": ("val", ".4f"), "hellaswag/acc_norm": ("hella", ".4f"), "train/loss": ("train", ".6f")}
 

@@ -30,7 +30,7 @@ from gpt2_lightning.data.shards import (
     write_shard,
 )
 from gpt2_lightning.data.sources import Source, canonical, local_bytes, open_source, pinned
-from gpt2_lightning.lock import try_lock
+from gpt2_lightning.files import try_lock
 from gpt2_lightning.tokenizer import RANKS_SHA256
 
 LOCK_NAME = ".lock"

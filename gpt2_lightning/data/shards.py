@@ -8,15 +8,15 @@ them. Folders that others published have no manifest and are read as they are.
 import hashlib
 import io
 import json
-import os
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 import numpy as np
+
+from gpt2_lightning.files import atomic_file
 
 Split = Literal["train", "val"]
 
@@ -31,31 +31,6 @@ _AGAIN = "fetch or prepare it again"
 
 
 # -- writing -----------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """A file that appears under ``path`` whole or not at all: written beside it, synced, then renamed over it.
-
-    On any error the half-written file is removed, which also gives its space back. One writer per path at a time.
-    """
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.unlink(missing_ok=True)  # of a writer that was killed
-    try:
-        with temporary.open("xb") as file:  # never through a link that somebody laid there
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    if os.name == "posix":  # the rename itself must survive a power cut; Windows cannot open a folder
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 def _header(suffix: str, count: int) -> bytes:
