@@ -14,6 +14,7 @@ FLOORS = {
     "schedule": 0,
     "tokenizer": 0,
     "files": 0,
+    "errors": 0,
     "checkpoint_file": 0,
     "baselines": 0,
     "run_folder": 0,
