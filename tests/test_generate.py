@@ -152,12 +152,12 @@ def test_cache_appends_into_memory_allocated_once() -> None:
 
 
 def test_greedy_text_equals_transformers_for_100_tokens_on_5_prompts() -> None:
-    torch.manual_seed(7)
     shape = {"n_positions": 128, "vocab_size": VOCAB_SIZE, "n_layer": 3, "n_head": 2, "n_embd": 16}
     theirs = GPT2LMHeadModel(GPT2Config(**shape)).eval()
+    torch.manual_seed(7)
     with torch.no_grad():
-        for p in theirs.parameters():
-            p.add_(torch.randn_like(p) * 0.3)
+        for name, p in theirs.named_parameters():  # not as some version of transformers happens to draw them
+            p.normal_(1.0 if "ln_" in name and name.endswith("weight") else 0.0, 0.3)
     ours = GPT(GPTConfig(128, VOCAB_SIZE, 3, 2, 16))
     ours.load_state_dict(from_hf(theirs.state_dict()), strict=False)
     tokenizer = get_tokenizer()
