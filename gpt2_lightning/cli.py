@@ -106,6 +106,7 @@ class SaveConfig(SaveConfigCallback):
             number += 1
         config = self.config.clone()
         config.model.config = pl_module.hparams["config"]  # the weights' own, where it was null
+        config.ckpt_path = None  # of this start alone
         with atomic_file(path) as file:
             file.write(self.parser.dump(config, skip_none=False, skip_validation=True).encode())
 
@@ -189,6 +190,9 @@ class CLI(LightningCLI):
             config["logger"] = self._loggers() if fit else False
         config["default_root_dir"] = str(self.run_dir)
         config["plugins"] = [*_listed(config["plugins"]), AtomicCheckpointIO()]
+        for callback in callbacks:
+            if isinstance(callback, StepCheckpoint) and fit:
+                callback.ckpt_path = self.config.fit.ckpt_path and str(self.config.fit.ckpt_path)
         if config["enable_checkpointing"] is False:
             callbacks = [callback for callback in callbacks if not isinstance(callback, StepCheckpoint)]
         if config["enable_progress_bar"] is not False:

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from processes import assert_same_run, read_log
@@ -346,6 +347,27 @@ def test_another_runs_checkpoint_begins_a_run_once(make_shards, write_recipe, tm
         said = f"resuming from {own} at step 6; --ckpt_path {first} is what the run began with"
         assert said in capsys.readouterr().out
     assert main([*begun, "--resume", "never"]) == 1
+    assert main([*args, "--ckpt_path", str(first), "--run_dir", "must", "--resume", "must"]) == 1
+
+
+def test_a_step_back_is_made_once_by_the_same_command(make_shards, write_recipe, tmp_path, capsys):
+    recipe = write_recipe(make_shards())
+    assert main(["fit", "--config", str(recipe)]) == 0
+    folder = tmp_path / "run" / "checkpoints"
+    back = ["fit", "--config", str(recipe), "--ckpt_path", str(folder / "step_000003.ckpt")]
+    for steps, resumed in (
+        ("4", "step_000003.ckpt at step 3"),
+        ("5", "last.ckpt at step 4"),
+        ("6", "last.ckpt at step 5"),
+    ):
+        capsys.readouterr()
+        assert main([*back, "--trainer.max_steps", steps]) == 0
+        assert f"resuming from {folder}/{resumed}" in capsys.readouterr().out
+    other = ["--ckpt_path", str(folder / "step_000004.ckpt")]  # another step back is another command
+    assert main(["fit", "--config", str(recipe), *other]) == 0
+    assert f"resuming from {folder}/step_000004.ckpt at step 4" in capsys.readouterr().out
+    configs = [yaml.safe_load(path.read_text()) for path in (tmp_path / "run").glob("config*.yaml")]
+    assert {config["ckpt_path"] for config in configs} == {None}  # so that they are recipes for other runs
 
 
 def test_a_warm_up_longer_than_the_run_is_told(make_shards, write_recipe, capsys):
