@@ -134,7 +134,7 @@ def refuse_other_settings(trainer: Any) -> None:
     Raises:
         ValueError: a setting counts something else than optimizer steps, is below 0, or keeps 16-bit weights.
     """
-    if trainer.max_steps < 1:
+    if not 1 <= trainer.max_steps < 2**40:  # a length has to fit 64 bits
         is_what = "not set" if trainer.max_steps == -1 else trainer.max_steps
         raise ValueError(f"trainer.max_steps is {is_what}: give the number of optimizer steps of the whole run")
     if str(trainer.precision) in ("bf16-true", "16-true"):
