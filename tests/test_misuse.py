@@ -265,6 +265,8 @@ FIT --model.config.n_layer 0
 FIT --model.config.n_head 3
     1 n_head=3 does not divide n_embd=16 … set n_head to one of [1, 2, 4, 8]
 FIT --model.config.vocab_size 1000000000000
+    1 vocab_size is 1000000000000 … give a whole number … below 16777216
+FIT --model.config.n_embd 4194304
     1 too little memory … lower … model.config
 FIT --model.init_from absent.ckpt
     1 absent.ckpt does not exist … hub name
@@ -445,8 +447,6 @@ FIT --trainer.accumulate_grad_batches 4
 FIT --trainer.overfit_batches 1
     1 overfit_batches=1 … set data.total_batch_tokens … 64
 FIT --trainer.limit_train_batches 3
-    1 limit_train_batches … set trainer.max_steps
-FIT --trainer.limit_train_batches 1
     1 limit_train_batches … set trainer.max_steps
 FIT --trainer.fast_dev_run true
     1 fast_dev_run … set trainer.max_steps

@@ -11,6 +11,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -200,9 +201,7 @@ def test_a_model_of_the_hub_can_be_pinned(
         asked.append((name, revision))
         assert not [pattern for pattern in allow_patterns if pattern.endswith(".py") or pattern == "*"]
         if revision == "gone":
-            from httpx import Request, Response
-
-            raise RevisionNotFoundError("404", response=Response(404, request=Request("GET", "https://hub")))
+            raise RevisionNotFoundError("404", response=SimpleNamespace(status_code=404, headers={}, request=None))
         return str(Path("cache").absolute())
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", serve)
