@@ -106,6 +106,7 @@ class SaveConfig(SaveConfigCallback):
             number += 1
         config = self.config.clone()
         config.model.config = pl_module.hparams["config"]  # the weights' own, where it was null
+        config.ckpt_path = None  # of this start alone
         with atomic_file(path) as file:
             file.write(self.parser.dump(config, skip_none=False, skip_validation=True).encode())
 
@@ -113,10 +114,12 @@ class SaveConfig(SaveConfigCallback):
 class CLI(LightningCLI):
     """Adds to LightningCLI the callbacks' sections, the run's folder, and resuming."""
 
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        commands = LightningCLI.subcommands()
-        return {name: commands[name] for name in ("fit", "validate")}
+    command = "fit"
+    """The one that is run: the parser of another would be half of the time that parsing takes."""
+
+    @classmethod
+    def subcommands(cls) -> dict[str, set[str]]:
+        return {cls.command: LightningCLI.subcommands()[cls.command]}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(ValidationLoss, "validation")
@@ -187,6 +190,9 @@ class CLI(LightningCLI):
             config["logger"] = self._loggers() if fit else False
         config["default_root_dir"] = str(self.run_dir)
         config["plugins"] = [*_listed(config["plugins"]), AtomicCheckpointIO()]
+        for callback in callbacks:
+            if isinstance(callback, StepCheckpoint) and fit:
+                callback.ckpt_path = self.config.fit.ckpt_path and str(self.config.fit.ckpt_path)
         if config["enable_checkpointing"] is False:
             callbacks = [callback for callback in callbacks if not isinstance(callback, StepCheckpoint)]
         if config["enable_progress_bar"] is not False:
@@ -310,7 +316,8 @@ def run(args: list[str], cli: type[CLI] = CLI) -> CLI:
     keep_freed_memory()
     if torch.cuda.is_available():
         torch.set_float32_matmul_precision("high")  # TF32, as in the video; bf16-mixed does not care
-    return cli(
+    of_command = type(cli.__name__, (cli,), {"command": "validate" if args[0] == "validate" else "fit"})
+    return of_command(
         GPTModule,
         TokenDataModule,
         subclass_mode_data=names_data_class(args),

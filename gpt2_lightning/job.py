@@ -22,7 +22,7 @@ from gpt2_lightning.callbacks.metrics import StepMetrics
 from gpt2_lightning.callbacks.micro_batch import AutoMicroBatch
 from gpt2_lightning.callbacks.signals import StopOnSignal
 from gpt2_lightning.callbacks.time_spent import TimeSpent
-from gpt2_lightning.checkpoint_file import saved_steps
+from gpt2_lightning.checkpoint_file import saved_steps, torch_load
 from gpt2_lightning.files import try_lock
 
 Resume = Literal["auto", "must", "never"]
@@ -70,10 +70,10 @@ def keep_freed_memory() -> None:
     """Has glibc keep what a step frees for the next one, which needs the same again.
 
     By itself it gives large blocks back to the kernel, whose fresh pages cost a small model on a CPU a tenth of its
-    step. Whoever has set one of glibc's MALLOC_ variables is obeyed. Other systems' allocators are left alone.
+    step. Whoever has set MALLOC_… or GLIBC_TUNABLES is obeyed. Other systems' allocators are left alone.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None and not any(name.startswith("MALLOC_") for name in os.environ):
+    if mallopt is not None and not any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
         mallopt(M_MMAP_THRESHOLD, 32 * 2**20)  # the largest that it takes; larger blocks stay the kernel's
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
@@ -134,7 +134,7 @@ def refuse_other_settings(trainer: Any) -> None:
     Raises:
         ValueError: a setting counts something else than optimizer steps, is below 0, or keeps 16-bit weights.
     """
-    if trainer.max_steps < 1:
+    if not 1 <= trainer.max_steps < 2**40:  # a length has to fit 64 bits
         is_what = "not set" if trainer.max_steps == -1 else trainer.max_steps
         raise ValueError(f"trainer.max_steps is {is_what}: give the number of optimizer steps of the whole run")
     if str(trainer.precision) in ("bf16-true", "16-true"):
@@ -143,7 +143,8 @@ def refuse_other_settings(trainer: Any) -> None:
             f"lost: give {trainer.precision.replace('true', 'mixed')}"
         )
     for name, why in REFUSED_SETTINGS.items():
-        if trainer[name] not in (None, TRAINER_DEFAULTS.get(name), -1):  # -1: of epochs without an end
+        harmless = {"min_steps": 0, "min_epochs": 0, "max_epochs": 1}.get(name)
+        if trainer[name] not in (None, TRAINER_DEFAULTS.get(name), harmless, -1):  # -1: of epochs without an end
             raise ValueError(f"trainer.{name} {why}")
     for name in ("gradient_clip_val", "log_every_n_steps"):  # a norm below 0 would turn the gradients round
         if not (trainer[name] or 0) >= 0:
@@ -260,8 +261,8 @@ def claim(run_dir: Path) -> IO[bytes]:
 def checkpoint_to_resume(run_dir: Path, resume: Resume, typed: Path | None = None) -> Path | None:
     """The checkpoint that a run in this folder goes on from, None where it begins.
 
-    ``typed`` is the user's own choice: one of this folder's, to go back to, or another run's to begin with, which the
-    same command does not do again once this folder has one.
+    ``typed`` is the user's own choice: one of this folder's, to go back to, or another run's to begin with. The same
+    command, typed again or requeued, goes on from what it has saved since, which says that it came from there.
 
     Raises:
         ValueError: ``resume`` is must and there is none, or never and there is one.
@@ -271,11 +272,23 @@ def checkpoint_to_resume(run_dir: Path, resume: Resume, typed: Path | None = Non
     found = last if last.exists() else next(reversed(saved_steps(folder)), None)
     if resume == "never" and found is not None:
         raise ValueError(f"{found} exists and resume is never: choose another run_dir, or --resume auto to go on")
-    if typed is not None and (found is None or typed.resolve().parent == folder.resolve()):
-        return typed
     if resume == "must" and found is None:
         raise ValueError(f"{last} does not exist and resume is must: check run_dir, or --resume auto to start")
+    if typed is not None and (found is None or (_is_in(typed, folder) and _ckpt_path_of(found) != str(typed))):
+        return typed
     return found
+
+
+def _is_in(path: Path, folder: Path) -> bool:
+    return path.resolve().parent == folder.resolve()
+
+
+def _ckpt_path_of(checkpoint: Path) -> str | None:
+    """The ``--ckpt_path`` that the run which saved it was started with."""
+    try:
+        return torch_load(checkpoint).get("ckpt_path")
+    except ValueError:  # damaged, which may be why another one is typed
+        return None
 
 
 def refuse_other_seed(checkpoint: dict[str, Any], seed: int | bool) -> None:

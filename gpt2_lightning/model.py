@@ -33,8 +33,8 @@ class GPTConfig:
     def __post_init__(self) -> None:
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
             value = getattr(self, name)
-            if value is None or value < 1:  # None: left empty in a recipe
-                raise ValueError(f"{name} is {value}: give a whole number of at least 1")
+            if value is None or not 1 <= value < 2**24:  # None: left empty in a recipe
+                raise ValueError(f"{name} is {value}: give a whole number of at least 1, and below {2**24}")
         if self.n_embd % self.n_head != 0:
             heads = [h for h in range(1, self.n_embd + 1) if self.n_embd % h == 0]
             nearest = sorted(sorted(heads, key=lambda h: abs(h - self.n_head))[:4])

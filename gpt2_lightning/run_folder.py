@@ -196,7 +196,7 @@ def _curve(points: dict[int, float]) -> Curve:
 def _read_configs(folder: Path, notes: list[str]) -> Iterator[dict[str, str]]:
     for path in config_paths(folder):
         try:
-            config = yaml.safe_load(path.read_text())
+            config = yaml.safe_load(path.read_text(encoding="utf-8"))
             if not isinstance(config, dict):
                 raise ValueError
         except (ValueError, yaml.YAMLError):

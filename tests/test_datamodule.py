@@ -176,7 +176,7 @@ def test_each_rank_has_a_validation_batch_or_the_run_is_refused(make_shards):
     for rank in range(2):
         assert len(_data(root, rank, 2, stage="validate", micro_batch_size=4).val_dataloader()) == 1
     with pytest.raises(ValueError, match=r"2 windows of 8 tokens on 3 devices: raise validation\.tokens to 24 or more"):
-        _data(root, 0, 3, stage="validate", micro_batch_size=4)
+        _data(root, 0, 3, stage="validate", micro_batch_size=4).val_dataloader()
 
 
 @settings(max_examples=30)
@@ -188,7 +188,7 @@ def test_validation_reads_each_of_its_windows_once_on_any_number_of_ranks(tmp_pa
     options = {"stage": "validate", "micro_batch_size": B, "validation_tokens": asked}
     if len(windows) < W:
         with pytest.raises(ValueError, match=f"validation would see {len(windows)} windows of 8 tokens on {W} devices"):
-            _data(folder, 0, W, **options)
+            _data(folder, 0, W, **options).val_dataloader()
         return
     batches = [list(_data(folder, rank, W, **options).val_dataloader()) for rank in range(W)]
     assert all(batches)

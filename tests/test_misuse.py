@@ -91,7 +91,7 @@ def _write_weights(path: Path, **shape: int) -> None:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Recipes, data, checkpoints and runs, good ones and others; each test works on a copy."""
+    """A folder of recipes, data, checkpoints and a run, good ones and others."""
     root = tmp_path_factory.mktemp("made")
     for name, content in {
         "tiny.yaml": TINY,
@@ -136,9 +136,24 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _copy(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
+def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # it looks at the environment only once
+
+
+@pytest.fixture
+def shared(made: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """In the folder itself, for what is to change nothing in it; new files are cleared away."""
+    monkeypatch.chdir(made)
+    known = set(Path().rglob("*"))
+    yield
+    for path in sorted(set(Path().rglob("*")) - known, reverse=True):
+        path.rmdir() if path.is_dir() else path.unlink()
+
+
+@pytest.fixture
+def copied(made: Path, tmp_path: Path) -> None:
+    """In a copy of the folder."""
+    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
 
 
 def _files() -> dict[str, str]:
@@ -696,6 +711,7 @@ def _assert_refused(line: str, code: int, parts: Sequence[str], capsys: pytest.C
         assert after == before
 
 
+@pytest.mark.usefixtures("shared")
 @pytest.mark.parametrize(("line", "code", "parts", "environment"), list(_rows()))
 def test_a_wrong_invocation_is_one_sentence_with_its_mend(line, code, parts, environment, capsys, monkeypatch):
     monkeypatch.setattr(rank_zero_only, "rank", 0)  # Lightning keeps what NODE_RANK says
@@ -704,6 +720,7 @@ def test_a_wrong_invocation_is_one_sentence_with_its_mend(line, code, parts, env
     _assert_refused(line, code, parts, capsys)
 
 
+@pytest.mark.usefixtures("shared")
 @pytest.mark.skipif(torch.cuda.is_available() or torch.backends.mps.is_available(), reason="there is a GPU here")
 def test_a_gpu_that_is_not_there(capsys):
     parts = ("torch finds none here", "--trainer.accelerator cpu --trainer.devices 1")
@@ -737,6 +754,7 @@ def _rights_of_a_user() -> Iterator[None]:
 ALLOW = "give this user the right"
 
 
+@pytest.mark.usefixtures("copied")
 @posix
 @pytest.mark.parametrize(
     ("path", "mode", "line", "parts"),
@@ -814,6 +832,7 @@ def _no_file_beyond(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+@pytest.mark.usefixtures("copied")
 @posix
 @pytest.mark.parametrize(
     ("line", "size", "what"),
@@ -822,7 +841,9 @@ def _no_file_beyond(size: int) -> Iterator[None]:
         pytest.param("PREPARE --out out", 100, "out", id="prepare: the manifest"),
         pytest.param("FIT-BPE --data.root out --data.source docs.jsonl", 900, "out", id="fit: data", marks=slow),
         pytest.param("FIT", 60_000, "step_000003.ckpt", id="fit: a checkpoint"),
-        pytest.param("FIT --run_dir run --trainer.max_steps 9", 60_000, "step_000009.ckpt", id="fit: going on"),
+        pytest.param(
+            "FIT --run_dir run --trainer.max_steps 9", 60_000, "step_000009.ckpt", id="fit: going on", marks=slow
+        ),
         pytest.param("FIT", 2_000, "", id="fit: its config", marks=slow),
         pytest.param("FIT", 20, "", id="fit: events", marks=slow),
         pytest.param("export tiny.ckpt out", 1_000, "out", id="export: a folder"),
@@ -879,6 +900,7 @@ def interrupt_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, int
     signal.signal(signal.SIGINT, handler)  # the Trainer ignores it from then on
 
 
+@pytest.mark.usefixtures("copied")
 @posix
 @pytest.mark.parametrize(
     ("line", "where", "call"),
@@ -922,21 +944,24 @@ def test_ctrl_c_ends_a_command_with_130_and_nothing_is_lost(line, where, call, i
 EVALUATED = "--hellaswag.every_n_steps 3 --samples.every_n_steps 3 --data.root prepared"
 
 
+@pytest.mark.usefixtures("copied")
 @posix
 @pytest.mark.parametrize(
     ("line", "where", "call"),
     [
-        pytest.param("FIT-BPE --data.root out --data.source docs.jsonl", "data.prepare.write_shard", 1, id="the data"),
-        pytest.param("FIT", "module.GPT", 1, id="the network"),
+        pytest.param(
+            "FIT-BPE --data.root out --data.source docs.jsonl", "data.prepare.write_shard", 1, id="the data", marks=slow
+        ),
+        pytest.param("FIT", "module.GPT", 1, id="the network", marks=slow),
         pytest.param("FIT", "data.datamodule.TokenDataModule.setup", 1, id="the shards", marks=slow),
         pytest.param("FIT", "module.GPTModule.configure_optimizers", 1, id="the optimizer", marks=slow),
         pytest.param("FIT", "module.GPTModule.validation_step", 1, id="the first validation", marks=slow),
-        pytest.param("FIT", "module.GPTModule.training_step", 1, id="the first step"),
+        pytest.param("FIT", "module.GPTModule.training_step", 1, id="the first step", marks=slow),
         pytest.param("FIT", "module.GPTModule.training_step", 6, id="a step", marks=slow),
         pytest.param("FIT", "module.GPTModule.validation_step", 10, id="a validation"),
         pytest.param(f"FIT-BPE {EVALUATED}", "callbacks.hellaswag.evaluate", 2, id="HellaSwag", marks=slow),
         pytest.param(f"FIT-BPE {EVALUATED}", "callbacks.samples.generate", 2, id="samples", marks=slow),
-        pytest.param("FIT", "callbacks.checkpoint.torch.save", 1, id="a checkpoint"),
+        pytest.param("FIT", "callbacks.checkpoint.torch.save", 1, id="a checkpoint", marks=slow),
         pytest.param("FIT", "callbacks.checkpoint._point", 1, id="its other names", marks=slow),
         pytest.param("FIT", "module.GPTModule.training_step", 12, id="the last step", marks=slow),
     ],
@@ -967,7 +992,8 @@ def test_ctrl_c_at_any_stage_of_a_run_leaves_it_as_if_it_had_not_been(line, wher
 # -- a clock that jumps ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("jump", [-3600.0, 86400.0, -2e9], ids=["an hour back", "a day on", "to before 1970"])
+@pytest.mark.usefixtures("copied")
+@pytest.mark.parametrize("jump", [-3600.0, 86400.0, pytest.param(-2e9, marks=slow)], ids=["back", "on", "before 1970"])
 def test_a_clock_that_jumps_while_a_run_trains(jump, monkeypatch, capsys, read_scalars):
     plain, calls = time.time, iter(range(10**9))
     for owner in (time, tqdm.std):
@@ -982,7 +1008,8 @@ def test_a_clock_that_jumps_while_a_run_trains(jump, monkeypatch, capsys, read_s
     assert Path("new/log.txt").read_text() == Path("run/log.txt").read_text()
 
 
-@pytest.mark.parametrize("first", [4e9, 0.0], ids=["forward, then right", "right, then back"])
+@pytest.mark.usefixtures("copied")
+@pytest.mark.parametrize("first", [pytest.param(4e9, marks=slow), 0.0], ids=["on, then right", "right, then back"])
 def test_a_clock_that_jumps_between_two_starts(first, monkeypatch, capsys):
     plain = time.time
     monkeypatch.setattr(time, "time", lambda: plain() + first)
@@ -1007,6 +1034,7 @@ def _environment(home: Path, **more: str) -> dict[str, str]:
     return os.environ | {"HF_HOME": str(home), "PYTHONPATH": str(Path(__file__).parents[1])} | more
 
 
+@pytest.mark.usefixtures("copied")
 @slow
 @pytest.mark.parametrize(
     "line",
@@ -1033,6 +1061,7 @@ def test_a_process_says_no_more_than_the_sentence(line, tmp_path):
         assert done.stdout == ""
 
 
+@pytest.mark.usefixtures("copied")
 @posix
 @slow
 def test_a_reader_that_goes_away_is_no_error(tmp_path):
@@ -1048,6 +1077,7 @@ def test_a_reader_that_goes_away_is_no_error(tmp_path):
     assert process.returncode == 141
 
 
+@pytest.mark.usefixtures("copied")
 @slow
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has a device that is full")
 @pytest.mark.parametrize("line", ["PLAN", "GENERATE", "SCORE --examples rows.jsonl"])

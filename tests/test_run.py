@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from processes import assert_same_run, read_log
@@ -24,7 +25,6 @@ from gpt2_lightning.callbacks.cadence import EveryNSteps
 from gpt2_lightning.callbacks.checkpoint import AtomicCheckpointIO, StepCheckpoint, saved_steps
 from gpt2_lightning.callbacks.log_txt import LogTxt
 from gpt2_lightning.callbacks.signals import StopOnSignal
-from gpt2_lightning.files import atomic_file
 from gpt2_lightning.job import claim, is_first_process
 from gpt2_lightning.model import GPTConfig
 from gpt2_lightning.module import GPTModule
@@ -188,11 +188,19 @@ def test_a_checkpoint_whose_writing_fails_at_any_byte_leaves_the_one_before_it(t
     before = path.read_bytes()
 
     class Full:
+        """A file on a disk that has room for ``at`` bytes."""
+
         def __init__(self, file: Any) -> None:
             self.file, self.room = file, at
 
         def __getattr__(self, name: str) -> Any:
             return getattr(self.file, name)
+
+        def __enter__(self) -> Any:
+            return self
+
+        def __exit__(self, *what: Any) -> None:
+            self.file.close()
 
         def write(self, part: bytes) -> int:
             self.file.write(bytes(part)[: self.room])
@@ -201,18 +209,15 @@ def test_a_checkpoint_whose_writing_fails_at_any_byte_leaves_the_one_before_it(t
                 raise error
             return len(part)
 
-    @contextlib.contextmanager
-    def full(target: Path) -> Iterator[Any]:
-        with atomic_file(target) as file:
-            yield Full(file)
-
+    plain = Path.open
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("gpt2_lightning.callbacks.checkpoint.atomic_file", full)
-        with contextlib.suppress(Killed, ValueError):
+        patch.setattr(Path, "open", lambda path, mode="r": (Full if set(mode) & set("wx") else iter)(plain(path, mode)))
+        try:
             AtomicCheckpointIO().save_checkpoint({"weights": torch.ones(100)}, path)
-            assert torch.equal(torch.load(path)["weights"], torch.ones(100))  # there was room enough
-            return
-    assert path.read_bytes() == before
+            assert path.stat().st_size <= at
+            assert torch.equal(torch.load(path)["weights"], torch.ones(100))
+        except (Killed, ValueError):
+            assert path.read_bytes() == before
     assert [entry.name for entry in path.parent.iterdir()] == ["last.ckpt"]
 
 
@@ -346,6 +351,27 @@ def test_another_runs_checkpoint_begins_a_run_once(make_shards, write_recipe, tm
         said = f"resuming from {own} at step 6; --ckpt_path {first} is what the run began with"
         assert said in capsys.readouterr().out
     assert main([*begun, "--resume", "never"]) == 1
+    assert main([*args, "--ckpt_path", str(first), "--run_dir", "must", "--resume", "must"]) == 1
+
+
+def test_a_step_back_is_made_once_by_the_same_command(make_shards, write_recipe, tmp_path, capsys):
+    recipe = write_recipe(make_shards())
+    assert main(["fit", "--config", str(recipe)]) == 0
+    folder = tmp_path / "run" / "checkpoints"
+    back = ["fit", "--config", str(recipe), "--ckpt_path", str(folder / "step_000003.ckpt")]
+    for steps, resumed in (
+        ("4", "step_000003.ckpt at step 3"),
+        ("5", "last.ckpt at step 4"),
+        ("6", "last.ckpt at step 5"),
+    ):
+        capsys.readouterr()
+        assert main([*back, "--trainer.max_steps", steps]) == 0
+        assert f"resuming from {folder}/{resumed}" in capsys.readouterr().out
+    other = ["--ckpt_path", str(folder / "step_000004.ckpt")]  # another step back is another command
+    assert main(["fit", "--config", str(recipe), *other]) == 0
+    assert f"resuming from {folder}/step_000004.ckpt at step 4" in capsys.readouterr().out
+    configs = [yaml.safe_load(path.read_text()) for path in (tmp_path / "run").glob("config*.yaml")]
+    assert {config["ckpt_path"] for config in configs} == {None}  # so that they are recipes for other runs
 
 
 def test_a_warm_up_longer_than_the_run_is_told(make_shards, write_recipe, capsys):

@@ -67,6 +67,7 @@ class StepCheckpoint(EveryNSteps, Checkpoint):
                 "newest is damaged"
             )
         self.keep = keep
+        self.ckpt_path: str | None = None  # what the user typed, for the next start to know
         self.best_val_loss = float("inf")
         self.resumed: dict[str, Any] | None = None
 
@@ -154,6 +155,7 @@ class StepCheckpoint(EveryNSteps, Checkpoint):
         seed = os.environ.get("PL_GLOBAL_SEED")  # of seed_everything, which the weights were drawn with
         checkpoint["optimizer"] = type(trainer.optimizers[0]).__name__
         checkpoint["seed_everything"] = None if seed is None else int(seed)
+        checkpoint["ckpt_path"] = self.ckpt_path
 
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {"best_val_loss": self.best_val_loss}

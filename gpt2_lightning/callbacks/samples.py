@@ -55,7 +55,7 @@ class Samples(EveryNSteps):
             )
             self.every_n_steps = 0
             return
-        if self.num_samples < 1 or self.max_new_tokens < 1:
+        if not all(1 <= number < 2**31 for number in (self.num_samples, self.max_new_tokens)):
             raise ValueError(
                 f"samples.num_samples={self.num_samples} and max_new_tokens={self.max_new_tokens}: give at least 1 of "
                 "each, or samples.every_n_steps=0 for none"

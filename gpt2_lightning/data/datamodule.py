@@ -151,13 +151,6 @@ class TokenDataModule(LightningDataModule):
                 f"the validation split in {self.root} has {len(self.val.stream)} tokens, fewer than one window of "
                 f"{config.block_size + 1}: give more text, or lower model.config.block_size"
             )
-        n_windows, world_size = self._validation_windows(), self.trainer.world_size
-        if n_windows < world_size:
-            raise ValueError(
-                f"validation would see {n_windows} windows of {config.block_size} tokens on {devices(world_size)}: "
-                f"raise validation.tokens to {world_size * config.block_size} or more, give more text, or take fewer "
-                "devices"
-            )
         if stage != "fit":
             return
         self.train = WindowDataset(
@@ -270,13 +263,16 @@ class TokenDataModule(LightningDataModule):
     def val_dataloader(self) -> DataLoader[Tensor]:
         assert self.trainer is not None
         rank, world_size = self.trainer.global_rank, self.trainer.world_size
-        n_windows = self._validation_windows()
+        n_windows = min(max(1, self.validation_tokens // self.val.block_size), len(self.val))
+        if n_windows < world_size:
+            raise ValueError(
+                f"validation would see {n_windows} windows of {self.val.block_size} tokens on {devices(world_size)}: "
+                f"raise validation.tokens to {world_size * self.val.block_size} or more, give more text, or take fewer "
+                "devices"
+            )
         # smaller where there would not be a batch for each rank, without which Lightning's loop would not run there
         sampler = EvalBatchSampler(n_windows, min(self.micro_batch_size, n_windows // world_size), rank, world_size)
         return self._loader(self.val, sampler)
-
-    def _validation_windows(self) -> int:
-        return min(max(1, self.validation_tokens // self.val.block_size), len(self.val))
 
     def _loader(self, dataset: WindowDataset, sampler: StepBatchSampler | EvalBatchSampler) -> DataLoader[Tensor]:
         assert self.trainer is not None

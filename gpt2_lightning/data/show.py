@@ -36,7 +36,7 @@ def _data_of(run_dir: Path) -> tuple[dict[str, Any], int]:
     if not paths:
         raise ValueError(f"{run_dir} is not the folder of a run, there is no config.yaml: give one as runs/quickstart")
     try:
-        config = yaml.safe_load(paths[-1].read_text())
+        config = yaml.safe_load(paths[-1].read_text(encoding="utf-8"))
         data = config["data"].get("init_args", config["data"])  # where it is a class of the user's own
         needed = {name: data[name] for name in ("root", "total_batch_tokens", "order", "seed", "batch_size_schedule")}
         return needed, config["model"]["config"]["block_size"]
