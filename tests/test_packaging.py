@@ -78,6 +78,11 @@ def test_the_program_that_readme_shows_curves_with_starts():
     assert said.stdout.strip() == version("tensorboard")
 
 
+def test_outside_the_repository_fit_tells_where_the_recipes_are(tmp_path, monkeypatch, refused):
+    monkeypatch.chdir(tmp_path)
+    refused(["fit"], "no --config", "in configs/ of the repository", code=2)
+
+
 def test_readme_tells_changes_citation_and_license():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     changes, citation, terms = (
