@@ -310,7 +310,8 @@ def run(args: list[str], cli: type[CLI] = CLI) -> CLI:
     """Runs ``fit …`` or ``validate …``."""
     if not {*CONFIG_FLAGS, "-h", "--help", "--print_config"} & {arg.partition("=")[0] for arg in args}:
         recipes = sorted(str(path) for path in Path("configs").glob("*.yaml"))
-        usage_error(args[0], f"no --config: give a recipe, the recipes are {', '.join(recipes) or 'not here'}")
+        which = ", ".join(recipes) or "those in configs/ of the repository, which is not this folder"
+        usage_error(args[0], f"no --config: give a recipe, the recipes are {which}")
     end_with_launcher()
     quieten()
     keep_freed_memory()
