@@ -444,7 +444,7 @@ def test_two_at_a_time_train_from_a_folder_that_is_neither_theirs_nor_writable(
     both(["validate", *run, shared / "one", "--ckpt_path", last], ["prepare", "--verify", root])
     again = ["prepare", "--source", corpus, "--out", root, "--shard_tokens", 10_000]
     both(again, ["prepare", "--source", shared / "gone" / "corpus.jsonl", *again[3:]])
-    both(["prepare", "--show", root], ["plan", "--config", recipe])
+    both(["prepare", "--verify", root], ["plan", "--config", recipe])
     assert "step     6 | val/loss" in (shared / "said0.txt").read_text()
     manifest = read_manifest(root)
     assert manifest is not None
