@@ -7,13 +7,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from gpt2_lightning.checkpoints.load import load
     from gpt2_lightning.model import GPT, GPTConfig
-    from gpt2_lightning.weights import load
 
 __version__ = "0.1.0"
 __all__ = ["GPT", "GPTConfig", "load"]
 
-_HOME = {"GPT": "model", "GPTConfig": "model", "load": "weights"}
+_HOME = {"GPT": "model", "GPTConfig": "model", "load": "checkpoints.load"}
 
 
 def __getattr__(name: str) -> Any:

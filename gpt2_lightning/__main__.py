@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from gpt2_lightning import __version__
-from gpt2_lightning.errors import nobody_reads, refuse_odd_launcher, said_by_the_first_rank, sentence_of
+from gpt2_lightning.cli.messages import message_of, rank0_reported, refuse_odd_launcher, stdout_closed
+from gpt2_lightning.errors import UserError
 
 COMMANDS = {
     "fit": "train, from a recipe: --config configs/quickstart.yaml [--trainer.… --model.… --data.…]",
@@ -79,14 +80,14 @@ def main(args: Sequence[str] | None = None) -> int:
         print(f"gpt2 {command}: interrupted{again}", file=sys.stderr)
         return 130
     except Exception as error:
-        if isinstance(error, BrokenPipeError) and nobody_reads():
+        if isinstance(error, BrokenPipeError) and stdout_closed():
             return 141
         if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("LOCAL_RANK") == "0":
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # its agent, which fails as well, must not hush what we say
-        sentence = sentence_of(error)
+        sentence = message_of(error)
         if sentence is None:
             raise
-        if not said_by_the_first_rank():
+        if not rank0_reported():
             print(f"gpt2 {command}: error: {sentence}", file=sys.stderr)
         return 1
     return 0
@@ -96,17 +97,17 @@ def _lightning(args: list[str]) -> None:
     refuse_odd_launcher()
     import gc
 
-    if "gpt2_lightning.cli" not in sys.modules:
+    if "gpt2_lightning.cli.fit" not in sys.modules:
         # none of the objects that imports make is garbage, and to look for it there, then and ever after, is a third of
         # the time up to the first step
         gc.disable()
         try:
-            import gpt2_lightning.cli  # noqa: F401
+            import gpt2_lightning.cli.fit  # noqa: F401
 
             gc.freeze()
         finally:
             gc.enable()
-    from gpt2_lightning.cli import run
+    from gpt2_lightning.cli.fit import run
 
     run(args)
 
@@ -133,7 +134,7 @@ def _prepare(args: list[str]) -> None:
         print(f"{given.verify}: {len(manifest.shards)} shards as their manifest says")
         return
     if given.show:
-        from gpt2_lightning.data.show import show_step
+        from gpt2_lightning.tools.show import show_step
 
         if not 0 <= given.step < 2**40:
             parser.error(f"--step is {given.step}: give a whole number of at least 0, a step of the run")
@@ -141,7 +142,7 @@ def _prepare(args: list[str]) -> None:
         return
     if not given.out:
         parser.error("--source needs --out DIR, the folder to write the shards to")
-    from gpt2_lightning.data.prepare import prepare
+    from gpt2_lightning.data.prepare.write import prepare
 
     source = given.source[0] if len(given.source) == 1 else given.source
     names = ("name", "revision", "text_column", "shard_tokens", "workers", "format")
@@ -167,9 +168,9 @@ def _generate(args: list[str]) -> None:
         )
     if given.seed is not None and not 0 <= given.seed < 2**62:
         parser.error(f"--seed is {given.seed}: give a whole number from 0 to 2**62")
+    from gpt2_lightning.checkpoints.load import load
     from gpt2_lightning.generate import TextStream, generate
     from gpt2_lightning.tokenizer import VOCAB_SIZE, get_tokenizer
-    from gpt2_lightning.weights import load
 
     try:
         text = sys.stdin.buffer.read().decode() if given.prompt is None else given.prompt.encode().decode()
@@ -177,7 +178,7 @@ def _generate(args: list[str]) -> None:
         parser.error("the prompt is not UTF-8 text")
     model = load(given.path).to(_device())
     if model.config.vocab_size < VOCAB_SIZE:
-        raise ValueError(
+        raise UserError(
             f"{given.path} has a vocabulary of {model.config.vocab_size} ids, which is not GPT-2's: its text cannot be "
             "written; train with model.config.vocab_size=50304 on GPT-2 tokens"
         )
@@ -216,8 +217,8 @@ def _hellaswag(args: list[str]) -> None:
     given = parser.parse_args(args[1:])
     import json
 
+    from gpt2_lightning.checkpoints.load import load
     from gpt2_lightning.evals.hellaswag import evaluate, load_examples
-    from gpt2_lightning.weights import load
 
     examples = load_examples(given.examples)
     if examples.note:
@@ -239,7 +240,7 @@ def _export(args: list[str]) -> None:
     )
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the weights (default: fp32)")
     given = parser.parse_args(args[1:])
-    from gpt2_lightning.weights import export
+    from gpt2_lightning.checkpoints.load import export
 
     export(given.checkpoint, given.out, given.format, given.dtype)
     print(f"wrote {given.out}")
@@ -267,7 +268,7 @@ def _plan(args: list[str]) -> None:
         parser.error(f"--dollars_per_hour is {given.dollars_per_hour:g}: give the price of one GPU, such as 2.50")
     import json
 
-    from gpt2_lightning.gpus import find_gpu
+    from gpt2_lightning.tools.gpus import find_gpu
 
     try:
         gpu = find_gpu(given.gpu) if given.gpu else None
@@ -276,8 +277,8 @@ def _plan(args: list[str]) -> None:
     refuse_odd_launcher()
     if given.micro_batch_size is not None:
         recipe_args += ["--data.micro_batch_size", given.micro_batch_size]
-    from gpt2_lightning.cli import read_recipe
-    from gpt2_lightning.plan import describe, plan
+    from gpt2_lightning.cli.fit import read_recipe
+    from gpt2_lightning.tools.plan import describe, plan
 
     found = plan(read_recipe(["plan", *recipe_args]), gpu, given.gpus, given.mfu, given.dollars_per_hour)
     print(json.dumps(found) if given.json else describe(found))
@@ -302,8 +303,8 @@ def _bench(args: list[str]) -> None:
 
     import torch
 
-    from gpt2_lightning.bench import RUNGS, default_shape
-    from gpt2_lightning.bench_table import measure
+    from gpt2_lightning.tools.bench import RUNGS, default_shape
+    from gpt2_lightning.tools.bench_table import measure
 
     if given.device and given.device not in _devices():
         parser.error(f"no device {given.device} here: choose from {', '.join(_devices())}")
@@ -327,7 +328,7 @@ def _report(args: list[str]) -> None:
     parser.add_argument("folders", metavar="RUN_DIR", nargs="+", help="folder of a run, such as runs/quickstart")
     parser.add_argument("--out", metavar="DIR", help="folder to write to (default: that of the first run)")
     given = parser.parse_args(args[1:])
-    from gpt2_lightning.report import write_report
+    from gpt2_lightning.tools.report import write_report
 
     path, notes = write_report([Path(folder) for folder in given.folders], given.out and Path(given.out))
     for note in notes:

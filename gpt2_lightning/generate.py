@@ -8,6 +8,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from gpt2_lightning.errors import UserError
 from gpt2_lightning.model import GPT
 from gpt2_lightning.tokenizer import END_OF_TEXT, VOCAB_SIZE, get_tokenizer
 
@@ -138,26 +139,26 @@ def _head(model: GPT, hidden: Tensor, vocab_size: int) -> Tensor:
 def check_settings(max_new_tokens: int, temperature: float, top_k: int | None, top_p: float) -> None:
     """`ValueError` that begins with the name of the setting that is out of its range."""
     if max_new_tokens < 0:
-        raise ValueError(f"max_new_tokens is {max_new_tokens}: give 0 or more")
+        raise UserError(f"max_new_tokens is {max_new_tokens}: give 0 or more")
     if not temperature >= 1e-30:  # the logits, divided by less, would overflow
-        raise ValueError(f"temperature is {temperature}: give a number above 0 (top_k=1 is greedy)")
+        raise UserError(f"temperature is {temperature}: give a number above 0 (top_k=1 is greedy)")
     if not 0 < top_p <= 1:
-        raise ValueError(f"top_p is {top_p}: give a number above 0 and at most 1 (1 keeps every token)")
+        raise UserError(f"top_p is {top_p}: give a number above 0 and at most 1 (1 keeps every token)")
     if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k is {top_k}: give a whole number of at least 1 (1 is greedy)")
+        raise UserError(f"top_k is {top_k}: give a whole number of at least 1 (1 is greedy)")
 
 
 def _check_prompts(prompts: list[list[int]], block_size: int, vocab_size: int) -> None:
     for prompt in prompts:
         if not prompt:
-            raise ValueError("the prompt is empty: give at least one token, such as <|endoftext|>, which begins a text")
+            raise UserError("the prompt is empty: give at least one token, such as <|endoftext|>, which begins a text")
         if len(prompt) > block_size:
-            raise ValueError(
+            raise UserError(
                 f"the prompt has {len(prompt)} tokens, but the context (block_size) holds {block_size}: shorten it"
             )
         for token in prompt:
             if not 0 <= token < vocab_size:
-                raise ValueError(f"the prompt holds token id {token}, but the vocabulary ends at {vocab_size - 1}")
+                raise UserError(f"the prompt holds token id {token}, but the vocabulary ends at {vocab_size - 1}")
 
 
 @torch.no_grad()

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from gpt2_lightning.errors import UserError
+
 
 @dataclass(frozen=True)
 class GPTConfig:
@@ -34,11 +36,11 @@ class GPTConfig:
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
             value = getattr(self, name)
             if value is None or not 1 <= value < 2**24:  # None: left empty in a recipe
-                raise ValueError(f"{name} is {value}: give a whole number of at least 1, and below {2**24}")
+                raise UserError(f"{name} is {value}: give a whole number of at least 1, and below {2**24}")
         if self.n_embd % self.n_head != 0:
             heads = [h for h in range(1, self.n_embd + 1) if self.n_embd % h == 0]
             nearest = sorted(sorted(heads, key=lambda h: abs(h - self.n_head))[:4])
-            raise ValueError(
+            raise UserError(
                 f"n_head={self.n_head} does not divide n_embd={self.n_embd}: set n_head to one of {nearest}"
             )
 
@@ -146,7 +148,7 @@ class GPT(nn.Module):
         T = idx.size(1)
         if positions is None:
             if self.config.block_size < T:
-                raise ValueError(f"a sequence of {T} tokens does not fit block_size={self.config.block_size}")
+                raise UserError(f"a sequence of {T} tokens does not fit block_size={self.config.block_size}")
             positions = torch.arange(T, device=idx.device)  # (T,)
         x = self.transformer["wte"](idx) + self.transformer["wpe"](positions)  # (B, T, n_embd)
         for i, block in enumerate(self.transformer["h"]):  # type: ignore[var-annotated, arg-type]

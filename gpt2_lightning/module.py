@@ -16,15 +16,16 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torchmetrics import MeanMetric
 
+from gpt2_lightning.checkpoints.load import load
 from gpt2_lightning.compile_cache import keep_compiled_code
-from gpt2_lightning.gpus import is_out_of_memory
+from gpt2_lightning.errors import UserError
 from gpt2_lightning.loss import LinearCrossEntropy, chunk_of
 from gpt2_lightning.model import GPT, GPTConfig
 from gpt2_lightning.optim import AdamW, decay_groups
 from gpt2_lightning.schedule import WarmupCosine
 from gpt2_lightning.sharding import shard
 from gpt2_lightning.tokenizer import VOCAB_SIZE
-from gpt2_lightning.weights import load
+from gpt2_lightning.tools.gpus import is_out_of_memory
 
 
 def attends_by_matmuls(device_type: str, bf16: bool, block_size: int) -> bool:
@@ -70,7 +71,7 @@ class GPTModule(LightningModule):
         if config is not None and (config.vocab_size, self.model.config.vocab_size) == (50304, VOCAB_SIZE):
             config = replace(config, vocab_size=VOCAB_SIZE)  # 50304 is what a config without a vocab_size says
         if config is not None and config != self.model.config:
-            raise ValueError(
+            raise UserError(
                 f"model.config differs from the weights of {init_from}: "
                 f"{_differences(asdict(config), asdict(self.model.config))}; "
                 "set model.config to null to take the weights' own shape"
@@ -89,7 +90,7 @@ class GPTModule(LightningModule):
 
     def setup(self, stage: str) -> None:
         if self.trainer.gradient_clip_algorithm == "value":
-            raise ValueError(
+            raise UserError(
                 "trainer.gradient_clip_algorithm is value: GPT-2 is clipped by the global norm, leave it out"
             )
         device_type = self.trainer.strategy.root_device.type
@@ -118,7 +119,7 @@ class GPTModule(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         differences = _differences(self.hparams["config"], checkpoint["hyper_parameters"]["config"])
         if differences:
-            raise ValueError(
+            raise UserError(
                 f"model.config differs from the checkpoint to resume from: {differences}; give the shape it was "
                 "trained with, or another run_dir to start anew"
             )
@@ -191,7 +192,7 @@ class GPTModule(LightningModule):
         try:
             optimizer = self.optimizer(decay_groups(self.named_parameters()))
         except (TypeError, ValueError) as error:
-            raise ValueError(
+            raise UserError(
                 f"model.optimizer cannot be set up ({error}): correct its arguments, or choose a class that accepts "
                 "parameter groups, each with its own weight_decay, such as torch.optim.AdamW"
             ) from error
@@ -199,9 +200,9 @@ class GPTModule(LightningModule):
         try:
             scheduler: Any = self.lr_scheduler(optimizer)
         except TypeError as error:
-            raise ValueError(f"model.lr_scheduler cannot be set up ({error}): choose a class that can") from error
+            raise UserError(f"model.lr_scheduler cannot be set up ({error}): choose a class that can") from error
         if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
-            raise ValueError("model.lr_scheduler waits for a metric, not for a step: choose one that counts steps")
+            raise UserError("model.lr_scheduler waits for a metric, not for a step: choose one that counts steps")
         # a schedule may have a rate of its own in mind, as OneCycleLR does
         self.typed_lrs = list(getattr(scheduler, "base_lrs", [group["lr"] for group in optimizer.param_groups]))
         if getattr(scheduler, "max_steps", 0) is None:

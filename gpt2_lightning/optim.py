@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.optim.optimizer import ParamsT
 
+from gpt2_lightning.errors import UserError
+
 FUSED_DEVICES = ("cpu", "cuda", "mps")
 
 
@@ -83,16 +85,16 @@ class Muon(AdamW):
         momentum_warmup_steps: int = 300,
     ) -> None:
         if not 0 <= momentum < 1 or not 0 <= momentum_warmup_steps < 2**40:
-            raise ValueError(
+            raise UserError(
                 f"momentum={momentum}, momentum_warmup_steps={momentum_warmup_steps}: give 0 to below 1, and at least 0"
             )
         if adamw_lr is not None and not adamw_lr >= 0:  # of a group, at which torch's AdamW does not look
-            raise ValueError(f"adamw_lr={adamw_lr}: give 0 or more, or null for that of the matrices")
+            raise UserError(f"adamw_lr={adamw_lr}: give 0 or more, or null for that of the matrices")
         groups: list[Any] = list(params)
         if groups and isinstance(groups[0], tuple):
             groups = decay_groups(groups)
         if not all(isinstance(group, dict) and "param_names" in group for group in groups):
-            raise ValueError("Muon tells matrices from embeddings by name: give model.named_parameters()")
+            raise UserError("Muon tells matrices from embeddings by name: give model.named_parameters()")
         for_adamw = {"orthogonal": False, "lr": lr if adamw_lr is None else adamw_lr}
         for_matrices = {"orthogonal": True, "momentum": momentum, "momentum_warmup_steps": momentum_warmup_steps}
         split = [
@@ -103,9 +105,9 @@ class Muon(AdamW):
         super().__init__([g for g in split if g["params"]], lr, betas, eps, weight_decay)
         matrices = [p for group in self.param_groups if group["orthogonal"] for p in group["params"]]
         if not matrices:
-            raise ValueError("Muon found no matrix of a block (…h.0.….weight) among the parameters")
+            raise UserError("Muon found no matrix of a block (…h.0.….weight) among the parameters")
         if any(hasattr(p, "full_tensor") for p in matrices):  # DTensors, whose import takes a second
-            raise ValueError("Muon orthogonalises whole matrices, and these are sharded: set trainer.strategy to ddp")
+            raise UserError("Muon orthogonalises whole matrices, and these are sharded: set trainer.strategy to ddp")
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]

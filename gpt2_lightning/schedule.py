@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from gpt2_lightning.errors import UserError
+
 
 def warmup_cosine(step: int, max_lr: float, min_lr: float, warmup_steps: int, max_steps: float) -> float:
     """Learning rate of step ``step`` (from 0): linear warm-up, then a cosine from ``max_lr`` to ``min_lr``, then that.
@@ -53,11 +55,11 @@ class Warmup(LRScheduler, ABC):
 
     def __init__(self, optimizer: Optimizer, warmup_steps: int, max_steps: int | None, min_lr: float) -> None:
         if warmup_steps < 0:
-            raise ValueError(f"lr_scheduler.warmup_steps is {warmup_steps}: give 0 or more optimizer steps")
+            raise UserError(f"lr_scheduler.warmup_steps is {warmup_steps}: give 0 or more optimizer steps")
         if not 0 <= min_lr <= max(group["lr"] for group in optimizer.param_groups):
-            raise ValueError(f"lr_scheduler.min_lr is {min_lr}: give 0 or more, and not more than the optimizer's lr")
+            raise UserError(f"lr_scheduler.min_lr is {min_lr}: give 0 or more, and not more than the optimizer's lr")
         if max_steps is not None and max_steps < warmup_steps:
-            raise ValueError(
+            raise UserError(
                 f"lr_scheduler.max_steps={max_steps} ends before the warm-up of {warmup_steps} steps: "
                 "lower warmup_steps or raise max_steps"
             )
@@ -112,7 +114,7 @@ class WarmupStableDecay(Warmup):
         min_lr: float = 0.0,
     ) -> None:
         if decay_steps < 0:
-            raise ValueError(f"lr_scheduler.decay_steps is {decay_steps}: give 0 or more optimizer steps")
+            raise UserError(f"lr_scheduler.decay_steps is {decay_steps}: give 0 or more optimizer steps")
         self.decay_steps = decay_steps
         super().__init__(optimizer, warmup_steps, max_steps, min_lr)
 
@@ -161,18 +163,18 @@ def batch_size_stages(total_batch_tokens: int, schedule: BatchSizeSchedule | Non
     if schedule is None:
         return [Stage(0, 0, total_batch_tokens)]
     if schedule.start_tokens is None or schedule.ramp_tokens is None:  # left empty in a recipe
-        raise ValueError("data.batch_size_schedule needs start_tokens and ramp_tokens: give both, or set it to null")
+        raise UserError("data.batch_size_schedule needs start_tokens and ramp_tokens: give both, or set it to null")
     start, doublings = schedule.start_tokens, 0
     while 0 < start << doublings < total_batch_tokens:
         doublings += 1
     if start << doublings != total_batch_tokens:
         halves = [total_batch_tokens >> k for k in range(8) if total_batch_tokens % (1 << k) == 0]
-        raise ValueError(
+        raise UserError(
             f"data.batch_size_schedule.start_tokens={start} does not reach data.total_batch_tokens="
             f"{total_batch_tokens} by doubling: set it to one of {halves}"
         )
     if not 0 < schedule.ramp_tokens < math.inf:
-        raise ValueError(
+        raise UserError(
             f"data.batch_size_schedule.ramp_tokens is {schedule.ramp_tokens}: give the tokens after which the batch "
             "has its full size, such as 4.0e+9, or set data.batch_size_schedule to null"
         )

@@ -16,7 +16,7 @@ from torch.distributed.constants import default_pg_timeout
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
-from gpt2_lightning.checkpoint_file import torch_load
+from gpt2_lightning.checkpoints.ours import torch_load
 from gpt2_lightning.model import GPT
 
 

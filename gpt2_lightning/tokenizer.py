@@ -7,6 +7,8 @@ from importlib.resources import files
 
 import tiktoken
 
+from gpt2_lightning.errors import UserError
+
 END_OF_TEXT = 50256
 """Id of ``<|endoftext|>``: every document begins with it, and generation stops at it."""
 VOCAB_SIZE = 50257
@@ -23,9 +25,7 @@ def get_tokenizer() -> tiktoken.Encoding:
     """The encoding. Documents go through ``encode_ordinary``: ``encode`` refuses text that spells ``<|endoftext|>``."""
     table = (files("gpt2_lightning") / "assets" / "gpt2.tiktoken").read_bytes()
     if hashlib.sha256(table).hexdigest() != RANKS_SHA256:
-        raise ValueError(
-            "the BPE ranks inside the package (assets/gpt2.tiktoken) are damaged: reinstall gpt2_lightning"
-        )
+        raise UserError("the BPE ranks inside the package (assets/gpt2.tiktoken) are damaged: reinstall gpt2_lightning")
     ranks = {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in table.splitlines())}
     return tiktoken.Encoding(
         name="gpt2",

@@ -39,7 +39,7 @@ def run_gpt2(args: list[str], output: Path) -> None:
 def fork(args: list[str], output: Path, program: Callable[[list[str], Path], None] = run_gpt2) -> ForkServerProcess:
     """``gpt2 ARGS`` in a process of its own, which a server forks that has done the imports: it is there at once."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pytest", "gpt2_lightning.cli", "torch.utils.tensorboard"])
+    context.set_forkserver_preload(["pytest", "gpt2_lightning.cli.fit", "torch.utils.tensorboard"])
     process = context.Process(target=program, args=(args, output))
     process.start()
     return process

@@ -10,9 +10,10 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
-from gpt2_lightning.callbacks.cadence import EveryNSteps
+from gpt2_lightning.callbacks.steps import EveryNSteps
 from gpt2_lightning.callbacks.validation import ValidationLoss
-from gpt2_lightning.checkpoint_file import saved_steps, torch_load
+from gpt2_lightning.checkpoints.ours import saved_steps, torch_load
+from gpt2_lightning.errors import UserError
 from gpt2_lightning.files import atomic_file
 from gpt2_lightning.module import GPTModule
 
@@ -26,7 +27,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             with atomic_file(Path(path)) as file:
                 torch.save(checkpoint, file)
         except (OSError, RuntimeError) as error:
-            raise ValueError(
+            raise UserError(
                 f"{path} cannot be written ({_reason(error)}): make room, or give this user the right to write there, "
                 "and run the same command again: what was saved before is whole"
             ) from None
@@ -62,7 +63,7 @@ class StepCheckpoint(EveryNSteps, Checkpoint):
     def __init__(self, every_n_steps: int = 1000, keep: int = 0) -> None:
         super().__init__(every_n_steps)
         if keep < 0 or keep == 1:
-            raise ValueError(
+            raise UserError(
                 f"checkpoint.keep is {keep}: give 0 for all, or at least 2, so that there is one to go on from if the "
                 "newest is damaged"
             )
@@ -127,7 +128,7 @@ class StepCheckpoint(EveryNSteps, Checkpoint):
         step = torch.tensor(self.resumed["global_step"] if self.resumed else 0, device=pl_module.device)
         latest, earliest = (int(trainer.strategy.reduce(s, reduce_op="max")) for s in (step, -step))
         if latest != -earliest:
-            raise ValueError(
+            raise UserError(
                 f"some processes go on from step {latest} and others from {-earliest}: run_dir has to be a folder that "
                 "all nodes share"
             )

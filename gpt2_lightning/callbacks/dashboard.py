@@ -7,10 +7,10 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
-from gpt2_lightning.baselines import HELLASWAG, HELLASWAG_ROWS, VAL_LOSS, VAL_LOSS_SOURCE
 from gpt2_lightning.callbacks.hellaswag import HellaSwag
 from gpt2_lightning.module import GPTModule
-from gpt2_lightning.run_folder import MAIN_SETTINGS, flat
+from gpt2_lightning.tools.references import HELLASWAG, HELLASWAG_EXAMPLES, VAL_LOSS, VAL_LOSS_SOURCE
+from gpt2_lightning.tools.runs import MAIN_SETTINGS, flat
 
 SELDOM_CHANGED = {"betas", "devices", "eps", "gradient_clip_val", "num_nodes", "root", "strategy", "validation_tokens"}
 """Left out of TensorBoard's table, which sorts by name and shows five columns: among them are lr and max_steps."""
@@ -67,7 +67,7 @@ def published(source: str | None, tags: list[str]) -> dict[str, float]:
     """
     figures = {f"yardstick/val_loss/{name}": loss for name, loss in VAL_LOSS.items() if source == VAL_LOSS_SOURCE}
     for tag in tags:
-        figures |= {f"yardstick/{tag}_{HELLASWAG_ROWS}_rows/{name}": acc for name, acc in HELLASWAG[tag].items()}
+        figures |= {f"yardstick/{tag}_{HELLASWAG_EXAMPLES}_rows/{name}": acc for name, acc in HELLASWAG[tag].items()}
     return {tag.replace(" ", "_"): figure for tag, figure in figures.items()}
 
 
@@ -75,7 +75,7 @@ def layout(tags: list[str]) -> dict[str, dict[str, list[Any]]]:
     """TensorBoard's page of custom scalars: charts whose lines are all the tags that fit an expression."""
     charts = {"loss": ["Multiline", ["train/loss$", "val/loss$", "yardstick/val_loss/"]]}
     for tag in tags:
-        charts[f"{tag}/acc_norm"] = ["Multiline", [f"{tag}/acc_norm$", f"yardstick/{tag}_{HELLASWAG_ROWS}_rows/"]]
+        charts[f"{tag}/acc_norm"] = ["Multiline", [f"{tag}/acc_norm$", f"yardstick/{tag}_{HELLASWAG_EXAMPLES}_rows/"]]
     return {"against published figures": charts}
 
 

@@ -6,7 +6,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
-from gpt2_lightning.callbacks.cadence import EveryNSteps, record
+from gpt2_lightning.callbacks.steps import EveryNSteps, record
 from gpt2_lightning.evals.hellaswag import Examples, Score, Style, evaluate, load_examples, render
 from gpt2_lightning.module import GPTModule
 from gpt2_lightning.tokenizer import VOCAB_SIZE

@@ -38,7 +38,7 @@ class LogTxt(Logger):
         if lines:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if not self.trimmed and self.path.exists():
-                self._drop_what_comes_again()
+                self._truncate_at_resume()
             self.trimmed = True
             with self.path.open("a") as file:
                 file.writelines(lines)
@@ -47,7 +47,7 @@ class LogTxt(Logger):
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
         """The config is in ``config*.yaml``."""
 
-    def _drop_what_comes_again(self) -> None:
+    def _truncate_at_resume(self) -> None:
         lines = self.path.read_text(errors="replace").splitlines()
         with atomic_file(self.path) as file:
             for line in lines:

@@ -5,10 +5,10 @@ import time
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from gpt2_lightning.callbacks.cadence import EveryNSteps, record
 from gpt2_lightning.callbacks.each_step import EachStep
-from gpt2_lightning.gpus import peak_flops
+from gpt2_lightning.callbacks.steps import EveryNSteps, record
 from gpt2_lightning.module import GPTModule
+from gpt2_lightning.tools.gpus import peak_flops
 
 
 class StepMetrics(EachStep):

@@ -3,6 +3,7 @@
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from gpt2_lightning.data.datamodule import TokenDataModule
+from gpt2_lightning.errors import UserError
 from gpt2_lightning.module import GPTModule
 
 
@@ -21,9 +22,9 @@ class AutoMicroBatch(Callback):
         while pl_module.device.type != "cpu" and not trainer.strategy.reduce_boolean_decision(
             pl_module.fits(data.micro_batch_size)
         ):
-            smaller = data.micro_batches(data.micro_batch_size // 2)[-1]
+            smaller = data.micro_batch_sizes(data.micro_batch_size // 2)[-1]
             if smaller >= data.micro_batch_size:
-                raise ValueError(
+                raise UserError(
                     f"a micro-batch of {data.micro_batch_size} does not fit the memory of {pl_module.device}, and no "
                     "smaller one divides the step: set model.chunked_loss to true, or train a smaller model.config"
                 )

@@ -6,6 +6,7 @@ from lightning.pytorch import Trainer
 
 from gpt2_lightning.callbacks.each_step import EachStep
 from gpt2_lightning.data.datamodule import TokenDataModule
+from gpt2_lightning.errors import UserError
 from gpt2_lightning.module import GPTModule
 
 
@@ -18,7 +19,7 @@ class NonFinite(EachStep):
 
     def __init__(self, stop_after: int = 10) -> None:
         if stop_after < 0:
-            raise ValueError(f"nonfinite.stop_after is {stop_after}: give a number of steps in a row, or 0 for never")
+            raise UserError(f"nonfinite.stop_after is {stop_after}: give a number of steps in a row, or 0 for never")
         self.stop_after = stop_after
         self.in_a_row = 0
 
@@ -36,7 +37,7 @@ class NonFinite(EachStep):
             f"(samples {first} to {end - 1})"
         )
         if 0 < self.stop_after <= self.in_a_row:
-            raise ValueError(
+            raise UserError(
                 f"{what}: {self.in_a_row} steps in a row were not finite and not applied; look at the text with "
                 f"`gpt2 prepare --show {trainer.default_root_dir} --step {step}`, lower the learning rate, or raise "
                 "nonfinite.stop_after"

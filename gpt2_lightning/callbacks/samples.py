@@ -3,7 +3,8 @@
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from gpt2_lightning.callbacks.cadence import EveryNSteps
+from gpt2_lightning.callbacks.steps import EveryNSteps
+from gpt2_lightning.errors import UserError
 from gpt2_lightning.generate import check_settings, generate
 from gpt2_lightning.module import GPTModule
 from gpt2_lightning.tokenizer import END_OF_TEXT, VOCAB_SIZE, get_tokenizer
@@ -56,19 +57,19 @@ class Samples(EveryNSteps):
             self.every_n_steps = 0
             return
         if not all(1 <= number < 2**31 for number in (self.num_samples, self.max_new_tokens)):
-            raise ValueError(
+            raise UserError(
                 f"samples.num_samples={self.num_samples} and max_new_tokens={self.max_new_tokens}: give at least 1 of "
                 "each, or samples.every_n_steps=0 for none"
             )
         try:
             check_settings(self.max_new_tokens, self.temperature, self.top_k, top_p=1.0)
         except ValueError as error:
-            raise ValueError(f"samples.{error}") from None
+            raise UserError(f"samples.{error}") from None
         if not 0 <= self.seed < 2**62:
-            raise ValueError(f"samples.seed is {self.seed}: give a whole number from 0 to 2**62")
+            raise UserError(f"samples.seed is {self.seed}: give a whole number from 0 to 2**62")
         n = len(get_tokenizer().encode(self.prompt, allowed_special="all"))
         if not 0 < n <= config.block_size:
-            raise ValueError(
+            raise UserError(
                 f"samples.prompt has {n} tokens and block_size is {config.block_size}: give 1 to {config.block_size}"
             )
 

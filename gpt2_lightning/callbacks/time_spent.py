@@ -4,7 +4,7 @@ import time
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from gpt2_lightning.callbacks.cadence import EveryNSteps
+from gpt2_lightning.callbacks.steps import EveryNSteps
 
 
 def time_line(seconds: float, parts: dict[str, float], first_step: int = 0) -> str:

@@ -3,7 +3,8 @@
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
-from gpt2_lightning.callbacks.cadence import EveryNSteps, record
+from gpt2_lightning.callbacks.steps import EveryNSteps, record
+from gpt2_lightning.errors import UserError
 from gpt2_lightning.module import GPTModule
 
 
@@ -21,7 +22,7 @@ class ValidationLoss(EveryNSteps):
     def __init__(self, every_n_steps: int = 250, tokens: int = 10485760) -> None:
         super().__init__(every_n_steps)
         if tokens < 1:
-            raise ValueError(f"validation.tokens is {tokens}: give at least 1, or validation.every_n_steps=0 for never")
+            raise UserError(f"validation.tokens is {tokens}: give at least 1, or validation.every_n_steps=0 for never")
         self.tokens = tokens
 
     def run(self, trainer: Trainer, module: GPTModule, step: int) -> None:

@@ -1,0 +1,1 @@
+"""Tokens on disk to micro-batches: which sequences a step trains on, the shards, the LightningDataModule."""

@@ -19,17 +19,18 @@ from gpt2_lightning.data.order import (
     Order,
     StepBatchSampler,
     accumulation,
+    dataset_indices,
     devices,
-    micro_batches,
-    windows_in_shards,
-    windows_of,
+    micro_batch_sizes,
+    sequences_per_shard,
 )
-from gpt2_lightning.data.prepare import ensure_prepared
+from gpt2_lightning.data.prepare.write import ensure_prepared
 from gpt2_lightning.data.shards import TokenStream, check_sizes, list_shards, open_shard
+from gpt2_lightning.errors import UserError
 from gpt2_lightning.schedule import BatchSizeSchedule, batch_size_stages, tokens_before
 
 
-class WindowDataset(Dataset[Tensor]):
+class SequenceDataset(Dataset[Tensor]):
     """Sample number → ``block_size + 1`` tokens, uint16; a micro-batch (B, block_size + 1) is fetched in one call."""
 
     def __init__(self, shards: list[Path], block_size: int, vocab_size: int, order: Order, seed: int) -> None:
@@ -38,11 +39,11 @@ class WindowDataset(Dataset[Tensor]):
         self.vocab_size = vocab_size
         self.order: Order = order
         self.seed = seed
-        self.shard_windows = windows_in_shards(self.stream.lengths, block_size)
+        self.shard_sequences = sequences_per_shard(self.stream.lengths, block_size)
         self._check_ids()
 
     def __len__(self) -> int:
-        return sum(self.shard_windows)
+        return sum(self.shard_sequences)
 
     def _check_ids(self) -> None:
         """Every id of small data, the first million of each shard of large data: a look, not a minute, at start."""
@@ -53,7 +54,7 @@ class WindowDataset(Dataset[Tensor]):
     def _require_ids(self, tokens: np.ndarray, where: Path) -> None:
         highest = int(tokens.max(initial=0))
         if highest >= self.vocab_size:
-            raise ValueError(
+            raise UserError(
                 f"token id {highest} in {where} is not below model.config.vocab_size={self.vocab_size}: "
                 f"set vocab_size to at least {highest + 1}, or choose data that fits"
             )
@@ -69,8 +70,8 @@ class WindowDataset(Dataset[Tensor]):
         return self.__getitems__([sample])[0]
 
     def __getitems__(self, samples: list[int]) -> Tensor:
-        windows = windows_of(np.asarray(samples), self.shard_windows, self.order, self.seed)
-        tokens = self.stream.windows(windows * self.block_size, self.block_size + 1)
+        windows = dataset_indices(np.asarray(samples), self.shard_sequences, self.order, self.seed)
+        tokens = self.stream.read(windows * self.block_size, self.block_size + 1)
         self._require_ids(tokens, self.stream.paths[0].parent)
         return torch.from_numpy(tokens)
 
@@ -119,10 +120,10 @@ class TokenDataModule(LightningDataModule):
         super().__init__()
         for name, size in (("total_batch_tokens", total_batch_tokens), ("micro_batch_size", micro_batch_size)):
             if size != "auto" and size < 1:
-                raise ValueError(f"data.{name} is {size}: give a whole number of at least 1")
+                raise UserError(f"data.{name} is {size}: give a whole number of at least 1")
         for name, value in (("seed", seed), ("num_workers", num_workers)):
             if not 0 <= value < 2**62:
-                raise ValueError(f"data.{name} is {value}: give a whole number from 0 to 2**62")
+                raise UserError(f"data.{name} is {value}: give a whole number from 0 to 2**62")
         self.root = Path(root)
         self.source = source
         self.order: Order = order
@@ -145,26 +146,26 @@ class TokenDataModule(LightningDataModule):
         assert self.trainer is not None
         check_sizes(self.root)
         config: Any = self.trainer.lightning_module.model.config  # type: ignore[union-attr]
-        self.val = WindowDataset(list_shards(self.root, "val"), config.block_size, config.vocab_size, "sequential", 0)
+        self.val = SequenceDataset(list_shards(self.root, "val"), config.block_size, config.vocab_size, "sequential", 0)
         if len(self.val) == 0:
-            raise ValueError(
+            raise UserError(
                 f"the validation split in {self.root} has {len(self.val.stream)} tokens, fewer than one window of "
                 f"{config.block_size + 1}: give more text, or lower model.config.block_size"
             )
         if stage != "fit":
             return
-        self.train = WindowDataset(
+        self.train = SequenceDataset(
             list_shards(self.root, "train"), config.block_size, config.vocab_size, self.order, self.seed
         )
         if len(self.train) == 0:
-            raise ValueError(
+            raise UserError(
                 f"the training split in {self.root} has {len(self.train.stream)} tokens, fewer than one window of "
                 f"{config.block_size + 1}: give more text, or lower model.config.block_size"
             )
         self.typed_accumulation = self.trainer.accumulate_grad_batches
         if self.auto_micro_batch:
             on_cpu = self.trainer.strategy.root_device.type == "cpu"
-            self.micro_batch_size = self.micro_batches(AUTO_ON_CPU if on_cpu else self.total_batch_tokens)[-1]
+            self.micro_batch_size = self.micro_batch_sizes(AUTO_ON_CPU if on_cpu else self.total_batch_tokens)[-1]
         self.set_micro_batch_size(self.micro_batch_size)
         self._refuse_part_of_a_step()
         tokens = self.tokens_before(self.trainer.max_steps)
@@ -178,14 +179,14 @@ class TokenDataModule(LightningDataModule):
         """Tokens that the run has trained on before ``step``, over all devices."""
         return tokens_before(step, self.stages)
 
-    def micro_batches(self, at_most: int) -> list[int]:
+    def micro_batch_sizes(self, at_most: int) -> list[int]:
         """The micro-batch sizes up to ``at_most`` that divide a step on this run's devices, the smallest at least.
 
         Raises:
             ValueError: there is none.
         """
         assert self.trainer is not None
-        found = micro_batches(
+        found = micro_batch_sizes(
             self.total_batch_tokens, self.train.block_size, self.trainer.world_size, self.stages[0].step_tokens
         )
         return [b for b in found if b <= at_most] or found[:1]
@@ -210,12 +211,12 @@ class TokenDataModule(LightningDataModule):
         if not trainer.overfit_batches and (
             limit != 1.0 or isinstance(limit, int)
         ):  # Lightning copies one to the other
-            raise ValueError(
+            raise UserError(
                 "trainer.limit_train_batches and fast_dev_run count micro-batches and could cut a step: "
                 "set trainer.max_steps instead"
             )
         if trainer.overfit_batches % trainer.accumulate_grad_batches != 0:
-            raise ValueError(
+            raise UserError(
                 f"trainer.overfit_batches={trainer.overfit_batches} is no whole step of "
                 f"{trainer.accumulate_grad_batches} micro-batches: set data.total_batch_tokens to one micro-batch, "
                 f"{self.micro_batch_size * self.train.block_size * trainer.world_size}"
@@ -237,12 +238,12 @@ class TokenDataModule(LightningDataModule):
         for name, now in self.state_dict().items():
             if name == "micro_batch_size":  # no matter of the tokens, but of rounding: auto stays with what it took
                 if self.auto_micro_batch:
-                    self.set_micro_batch_size(self.micro_batches(state_dict[name])[-1])
+                    self.set_micro_batch_size(self.micro_batch_sizes(state_dict[name])[-1])
             elif state_dict.get(name) != now:
                 what = (
                     f"other shards than those in {self.root}" if name == "shards" else f"{name}={state_dict.get(name)}"
                 )
-                raise ValueError(
+                raise UserError(
                     f"the checkpoint to resume from was trained with {what}"
                     f"{'' if name == 'shards' else f', not {now}'}: give what it was trained with, or another run_dir"
                 )
@@ -263,18 +264,18 @@ class TokenDataModule(LightningDataModule):
     def val_dataloader(self) -> DataLoader[Tensor]:
         assert self.trainer is not None
         rank, world_size = self.trainer.global_rank, self.trainer.world_size
-        n_windows = min(max(1, self.validation_tokens // self.val.block_size), len(self.val))
-        if n_windows < world_size:
-            raise ValueError(
-                f"validation would see {n_windows} windows of {self.val.block_size} tokens on {devices(world_size)}: "
+        n_sequences = min(max(1, self.validation_tokens // self.val.block_size), len(self.val))
+        if n_sequences < world_size:
+            raise UserError(
+                f"validation would see {n_sequences} windows of {self.val.block_size} tokens on {devices(world_size)}: "
                 f"raise validation.tokens to {world_size * self.val.block_size} or more, give more text, or take fewer "
                 "devices"
             )
         # smaller where there would not be a batch for each rank, without which Lightning's loop would not run there
-        sampler = EvalBatchSampler(n_windows, min(self.micro_batch_size, n_windows // world_size), rank, world_size)
+        sampler = EvalBatchSampler(n_sequences, min(self.micro_batch_size, n_sequences // world_size), rank, world_size)
         return self._loader(self.val, sampler)
 
-    def _loader(self, dataset: WindowDataset, sampler: StepBatchSampler | EvalBatchSampler) -> DataLoader[Tensor]:
+    def _loader(self, dataset: SequenceDataset, sampler: StepBatchSampler | EvalBatchSampler) -> DataLoader[Tensor]:
         assert self.trainer is not None
         return DataLoader(
             dataset,

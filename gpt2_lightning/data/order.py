@@ -14,28 +14,30 @@ from typing import Any, Literal
 import numpy as np
 from torch.utils.data import Sampler
 
+from gpt2_lightning.errors import UserError
+
 Order = Literal["sequential", "shuffled"]
 
 AUTO_ON_CPU = 16
 """The largest micro-batch that ``auto`` takes on a CPU, where a larger one is no faster; ``gpt2 validate``'s, too."""
 
 
-def windows_of(samples: np.ndarray, shard_windows: list[int], order: Order, seed: int) -> np.ndarray:
+def dataset_indices(samples: np.ndarray, shard_sequences: list[int], order: Order, seed: int) -> np.ndarray:
     """Window numbers (n,) int64 of the sample numbers (n,) int64.
 
     ``sequential`` reads the data front to back. ``shuffled`` permutes, anew in each epoch, the shards and the windows
     inside each shard: neighbours in training stay neighbours on disk to within a shard.
 
     Args:
-        shard_windows: how many windows begin in each shard; N is their sum.
+        shard_sequences: how many windows begin in each shard; N is their sum.
         seed: of the permutations; what it gives never changes with a library's version.
     """
-    n_windows = sum(shard_windows)
-    epochs, places = np.divmod(samples, n_windows)
+    n_sequences = sum(shard_sequences)
+    epochs, places = np.divmod(samples, n_sequences)
     if order == "sequential":
         return places
-    counts = np.asarray(shard_windows)
-    first_window = np.cumsum(counts) - counts  # of each shard
+    counts = np.asarray(shard_sequences)
+    first_sequence = np.cumsum(counts) - counts  # of each shard
     windows = np.empty_like(places)
     for epoch in np.unique(epochs):
         in_epoch = epochs == epoch
@@ -48,14 +50,14 @@ def windows_of(samples: np.ndarray, shard_windows: list[int], order: Order, seed
         for k in np.unique(shard):
             here = shard == k
             inside[here] = permute(inside[here], int(counts[k]), hash64(key + np.uint64(k)))
-        windows[in_epoch] = first_window[shard] + inside
+        windows[in_epoch] = first_sequence[shard] + inside
     return windows
 
 
-def windows_in_shards(lengths: Sequence[int], block_size: int) -> list[int]:
+def sequences_per_shard(lengths: Sequence[int], block_size: int) -> list[int]:
     """How many windows begin in each shard of ``lengths`` tokens; the last token of all is only ever a target."""
-    n_windows = max(0, (sum(lengths) - 1) // block_size)
-    ends = np.minimum(-(-np.cumsum(lengths) // block_size), n_windows)
+    n_sequences = max(0, (sum(lengths) - 1) // block_size)
+    ends = np.minimum(-(-np.cumsum(lengths) // block_size), n_sequences)
     return np.diff(ends, prepend=0).tolist()
 
 
@@ -93,7 +95,7 @@ class StepBatchSampler(Sampler[list[int]]):
     Its length is that of the whole run, wherever it starts: Lightning counts batches from step 0 on.
 
     Args:
-        samples_before: step → samples of the run before it; what a step takes is a multiple of accumulate · world_size.
+        sequences_before: step → sequences before it; what a step takes is a multiple of accumulate · world_size.
         accumulate: micro-batches of each rank in a step. Where steps grow, the micro-batches grow, not their number.
         max_steps: optimizer steps of the whole run.
         start_step: optimizer steps that a resumed run has behind it.
@@ -101,14 +103,14 @@ class StepBatchSampler(Sampler[list[int]]):
 
     def __init__(
         self,
-        samples_before: Callable[[int], int],
+        sequences_before: Callable[[int], int],
         accumulate: int,
         max_steps: int,
         start_step: int = 0,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        self.samples_before = samples_before
+        self.sequences_before = sequences_before
         self.accumulate = accumulate
         self.max_steps = max_steps
         self.start_step = start_step
@@ -120,8 +122,8 @@ class StepBatchSampler(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         for step in range(self.start_step, self.max_steps):
-            first = self.samples_before(step)
-            B, rest = divmod(self.samples_before(step + 1) - first, self.accumulate * self.world_size)
+            first = self.sequences_before(step)
+            B, rest = divmod(self.sequences_before(step + 1) - first, self.accumulate * self.world_size)
             assert rest == 0
             for m in range(self.accumulate):
                 start = first + (m * self.world_size + self.rank) * B
@@ -129,10 +131,10 @@ class StepBatchSampler(Sampler[list[int]]):
 
 
 class EvalBatchSampler(Sampler[list[int]]):
-    """Windows 0 … n_windows - 1 in batches, dealt out to the ranks in turn: none is padded, none is seen twice."""
+    """Windows 0 … n_sequences - 1 in batches, dealt out to the ranks in turn: none is padded, none is seen twice."""
 
-    def __init__(self, n_windows: int, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
-        self.batches = [range(i, min(i + batch_size, n_windows)) for i in range(0, n_windows, batch_size)]
+    def __init__(self, n_sequences: int, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
+        self.batches = [range(i, min(i + batch_size, n_sequences)) for i in range(0, n_sequences, batch_size)]
         self.batches = self.batches[rank::world_size]
 
     def __len__(self) -> int:
@@ -142,7 +144,7 @@ class EvalBatchSampler(Sampler[list[int]]):
         return map(list, self.batches)
 
 
-def micro_batches(total_batch_tokens: int, block_size: int, world_size: int, start_tokens: int) -> list[int]:
+def micro_batch_sizes(total_batch_tokens: int, block_size: int, world_size: int, start_tokens: int) -> list[int]:
     """All micro-batch sizes that divide a step into whole micro-batches per device, in rising order.
 
     In the steps of ``start_tokens`` that a batch-size schedule begins with, the micro-batch is smaller in proportion,
@@ -154,12 +156,12 @@ def micro_batches(total_batch_tokens: int, block_size: int, world_size: int, sta
     per_rank, rest = divmod(start_tokens, block_size * world_size)
     if rest or per_rank == 0:
         name = "total_batch_tokens" if start_tokens == total_batch_tokens else "batch_size_schedule.start_tokens"
-        raise ValueError(
+        raise UserError(
             f"data.{name}={start_tokens} is not a multiple of block_size {block_size} on "
             f"{devices(world_size)}: set it to a multiple of {block_size * world_size}"
         )
     if total_batch_tokens >= 2**40:
-        raise ValueError(f"data.total_batch_tokens={total_batch_tokens} is more than any step can take: lower it")
+        raise UserError(f"data.total_batch_tokens={total_batch_tokens} is more than any step can take: lower it")
     growth = total_batch_tokens // start_tokens
     divisors = [b for b in range(1, math.isqrt(per_rank) + 1) if per_rank % b == 0]
     return sorted({b * growth for divisor in divisors for b in (divisor, per_rank // divisor)})
@@ -181,9 +183,9 @@ def accumulation(
     Raises:
         ValueError: the step does not divide, with the micro-batches that would do; or ``typed`` disagrees.
     """
-    would_do = micro_batches(total_batch_tokens, block_size, world_size, start_tokens or total_batch_tokens)
+    would_do = micro_batch_sizes(total_batch_tokens, block_size, world_size, start_tokens or total_batch_tokens)
     if micro_batch_size not in would_do:
-        raise ValueError(
+        raise UserError(
             f"data.total_batch_tokens={total_batch_tokens} "
             f"{f'from {start_tokens} on ' if start_tokens not in (None, total_batch_tokens) else ''}"
             f"is not a whole number of micro-batches of {micro_batch_size} sequences of {block_size} on "
@@ -191,7 +193,7 @@ def accumulation(
         )
     derived = total_batch_tokens // (micro_batch_size * block_size * world_size)
     if typed not in (1, derived):
-        raise ValueError(
+        raise UserError(
             f"trainer.accumulate_grad_batches={typed} disagrees with data.total_batch_tokens={total_batch_tokens}, "
             f"which takes {derived} micro-batches on {devices(world_size)}: leave it out, it is derived"
         )

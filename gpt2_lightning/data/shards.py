@@ -16,6 +16,7 @@ from typing import Any, BinaryIO, Literal
 
 import numpy as np
 
+from gpt2_lightning.errors import UserError
 from gpt2_lightning.files import atomic_file
 
 Split = Literal["train", "val"]
@@ -75,12 +76,12 @@ def list_shards(root: Path, split: Split) -> list[Path]:
     """The shards of one split, sorted by name. ``ValueError`` if there are none or the folder mixes formats."""
     root = Path(root)
     if not root.is_dir():
-        raise ValueError(f"there is no folder {root}: make it with `gpt2 prepare --out {root}`, or correct data.root")
+        raise UserError(f"there is no folder {root}: make it with `gpt2 prepare --out {root}`, or correct data.root")
     shards = find_shards(root)
     if len({path.suffix for path in shards}) > 1:
-        raise ValueError(f"{root} mixes .npy and .bin shards: keep one format in a folder")
+        raise UserError(f"{root} mixes .npy and .bin shards: keep one format in a folder")
     if not (chosen := [path for path in shards if _split_of(path.name) == split]):
-        raise ValueError(
+        raise UserError(
             f"{root} holds no {split} shard (a .npy or .bin file with {split!r} in its name): prepare it again"
         )
     return chosen
@@ -95,22 +96,22 @@ def _npy_layout(file: BinaryIO) -> tuple[int, int]:
         read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, _, dtype = read_header(head)
     except Exception:  # what a damaged header raises depends on the byte: SyntaxError, IndexError, MemoryError, …
-        raise ValueError("it does not begin with the header of a .npy file") from None
+        raise UserError("it does not begin with the header of a .npy file") from None
     if dtype != np.dtype("<u2"):
-        raise ValueError(f"its tokens are {dtype}, not little-endian uint16")
+        raise UserError(f"its tokens are {dtype}, not little-endian uint16")
     if len(shape) != 1:
-        raise ValueError(f"its array has {len(shape)} dimensions, not 1")
+        raise UserError(f"its array has {len(shape)} dimensions, not 1")
     return head.tell(), int(shape[0])
 
 
 def _bin_layout(file: BinaryIO) -> tuple[int, int]:
     header = np.frombuffer(file.read(BIN_HEADER_BYTES), dtype="<i4")
     if len(header) < 256:
-        raise ValueError("it ends inside its header")
+        raise UserError("it ends inside its header")
     if header[0] != BIN_MAGIC:
-        raise ValueError(f"its magic number is {header[0]}, not {BIN_MAGIC}: not llm.c's GPT-2 format")
+        raise UserError(f"its magic number is {header[0]}, not {BIN_MAGIC}: not llm.c's GPT-2 format")
     if header[1] != BIN_VERSION:
-        raise ValueError(f"its version is {header[1]}, not {BIN_VERSION}")
+        raise UserError(f"its version is {header[1]}, not {BIN_VERSION}")
     return BIN_HEADER_BYTES, int(header[2])
 
 
@@ -122,21 +123,19 @@ def open_shard(path: Path) -> np.ndarray:
     path = Path(path)
     try:
         if path.exists() and not path.is_file():
-            raise ValueError("it is no file")  # nobody may ever write into a pipe
+            raise UserError("it is no file")  # nobody may ever write into a pipe
         with path.open("rb") as file:
             offset, count = _npy_layout(file) if path.suffix == ".npy" else _bin_layout(file)
             size = file.seek(0, io.SEEK_END)
         if size != offset + 2 * count:
-            raise ValueError(
-                f"its header promises {count} tokens ({offset + 2 * count} bytes), but it has {size} bytes"
-            )
+            raise UserError(f"its header promises {count} tokens ({offset + 2 * count} bytes), but it has {size} bytes")
         if count == 0:
-            raise ValueError("it holds no tokens")
+            raise UserError("it holds no tokens")
     except PermissionError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror}): give this user the right to") from error
+        raise UserError(f"{path} cannot be read ({error.strerror}): give this user the right to") from error
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        raise ValueError(f"{path} is not a whole shard: {reason}; {_AGAIN}") from error
+        raise UserError(f"{path} is not a whole shard: {reason}; {_AGAIN}") from error
     return np.memmap(path, dtype="<u2", mode="r", offset=offset, shape=(count,))
 
 
@@ -167,7 +166,7 @@ class TokenStream:
             self._maps[index] = open_shard(self.paths[index]).view(np.ndarray)  # slices of a plain array cost a tenth
         return self._maps[index]
 
-    def windows(self, starts: np.ndarray, length: int) -> np.ndarray:
+    def read(self, starts: np.ndarray, length: int) -> np.ndarray:
         """Tokens ``[start, start + length)`` for each of ``starts``: (len(starts), length) uint16, a copy."""
         starts = np.asarray(starts, dtype=np.int64)
         assert len(starts) == 0 or (starts.min() >= 0 and starts.max() + length <= len(self)), (
@@ -237,14 +236,14 @@ def read_manifest(root: Path) -> Manifest | None:
     try:
         values = json.loads(path.read_bytes())
         if values.pop("version") != MANIFEST_VERSION:
-            raise ValueError("another version wrote it")
+            raise UserError("another version wrote it")
         shards = tuple(ShardEntry(**shard) for shard in values.pop("shards"))
         manifest = Manifest(shards=shards, **values)
         _require_kinds(manifest)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except PermissionError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror}): give this user the right to") from error
+        raise UserError(f"{path} cannot be read ({error.strerror}): give this user the right to") from error
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise not_to_be_trusted(root, " ".join(str(error).split())) from error
     return manifest
@@ -261,17 +260,17 @@ def _require_kinds(manifest: Manifest) -> None:
     kinds = {"source": dict, "tokenizer": str, "options": dict, "split": str, "documents": dict, "resume": dict | None}
     for name, kind in kinds.items():
         if not isinstance(getattr(manifest, name), kind):  # type: ignore[arg-type]
-            raise ValueError(f"its {name} is a {type(getattr(manifest, name)).__name__}")
+            raise UserError(f"its {name} is a {type(getattr(manifest, name)).__name__}")
     for shard in manifest.shards:
         # a name with a separator in it could lead out of the folder, on this or on another system
         if not re.fullmatch(r"[\w.-]+", shard.file) or not _split_of(shard.file):
-            raise ValueError(f"{shard.file!r} is not a shard's name")
+            raise UserError(f"{shard.file!r} is not a shard's name")
         if type(shard.tokens) is not int or shard.tokens < 1:
-            raise ValueError(f"{shard.file} has {shard.tokens!r} tokens there")
+            raise UserError(f"{shard.file} has {shard.tokens!r} tokens there")
         if not re.fullmatch("[0-9a-f]{64}", shard.sha256):
-            raise ValueError(f"{shard.file} has {shard.sha256!r} there, which is no sha256")
+            raise UserError(f"{shard.file} has {shard.sha256!r} there, which is no sha256")
     if len({shard.file for shard in manifest.shards}) < len(manifest.shards):
-        raise ValueError("it lists a shard twice")
+        raise UserError("it lists a shard twice")
 
 
 def _wrong_names(root: Path, manifest: Manifest) -> list[str]:
@@ -283,7 +282,7 @@ def _wrong_names(root: Path, manifest: Manifest) -> list[str]:
 
 def _require(root: Path, wrong: list[str]) -> None:
     if wrong:
-        raise ValueError(
+        raise UserError(
             f"{root} is not what its {MANIFEST_NAME} says ({'; '.join(wrong)}): delete it and prepare it again"
         )
 
@@ -299,7 +298,7 @@ def check_sizes(root: Path) -> None:
     if manifest is None:
         return
     if not manifest.complete:
-        raise ValueError(
+        raise UserError(
             f"{root} is only partly prepared: run the same `gpt2 prepare` again, it goes on where it stopped"
         )
     wrong = _wrong_names(root, manifest)
@@ -316,7 +315,7 @@ def verify(root: Path) -> Manifest:
     manifest = read_manifest(root)
     if manifest is None:
         list_shards(root, "train")  # a folder that holds none says so
-        raise ValueError(
+        raise UserError(
             f"{root} has no {MANIFEST_NAME} to verify against: its shards can be read, but not vouched for, so prepare "
             "them again to be sure"
         )

@@ -1,0 +1,1 @@
+"""Evaluations as functions: tensors and models in, numbers out. When to call them is in callbacks/."""

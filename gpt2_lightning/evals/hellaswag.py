@@ -22,6 +22,7 @@ from typing import Any, Literal, get_args
 import torch
 from tqdm import tqdm
 
+from gpt2_lightning.errors import UserError
 from gpt2_lightning.evals.multiple_choice import Question, RowScore, Score, completion_losses, pack, token_losses
 from gpt2_lightning.model import GPT
 from gpt2_lightning.tokenizer import END_OF_TEXT, VOCAB_SIZE, get_tokenizer
@@ -94,17 +95,17 @@ def load_examples(path: str | Path | None = None) -> Examples:
         return Examples(_parse_lines(text, BUILTIN), BUILTIN)
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"{path}: no such file (give a HellaSwag .jsonl, or {BUILTIN!r} for the built-in questions)")
+        raise UserError(f"{path}: no such file (give a HellaSwag .jsonl, or {BUILTIN!r} for the built-in questions)")
     content = path.read_bytes()
     try:
         text = content.decode("utf-8-sig")  # some editors begin a file with a byte order mark
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"{path}, line {line} is not HellaSwag: not text in UTF-8, so fetch it again") from None
+        raise UserError(f"{path}, line {line} is not HellaSwag: not text in UTF-8, so fetch it again") from None
     try:
         return Examples(_parse_lines(text, str(path)), path.name)
     except ValueError as error:
-        raise ValueError(f"{error}: give HellaSwag's own .jsonl, or {BUILTIN!r}") from None
+        raise UserError(f"{error}: give HellaSwag's own .jsonl, or {BUILTIN!r}") from None
 
 
 def _parse_lines(text: str, source: str) -> tuple[Example, ...]:
@@ -115,33 +116,31 @@ def _parse_lines(text: str, source: str) -> tuple[Example, ...]:
                 record = json.loads(line)
             except (ValueError, RecursionError) as error:  # ValueError: a number of thousands of digits, too
                 reason = getattr(error, "msg", error)
-                raise ValueError(f"{source}, line {number} is not HellaSwag: not JSON ({reason})") from None
+                raise UserError(f"{source}, line {number} is not HellaSwag: not JSON ({reason})") from None
             rows.append(_parse(record, f"{source}, line {number}"))
     if not rows:
-        raise ValueError(f"{source} has no rows")
+        raise UserError(f"{source} has no rows")
     return tuple(rows)
 
 
 def _parse(record: Any, where: str) -> Example:
     if not isinstance(record, dict):
-        raise ValueError(f"{where} is not HellaSwag: expected a JSON object with ctx, endings and label")
+        raise UserError(f"{where} is not HellaSwag: expected a JSON object with ctx, endings and label")
     if missing := [field for field in ("ctx", "endings", "label") if field not in record]:
-        raise ValueError(f"{where} is not HellaSwag: it lacks {', '.join(missing)}")
+        raise UserError(f"{where} is not HellaSwag: it lacks {', '.join(missing)}")
     ctx, endings, label = record["ctx"], record["endings"], record["label"]
     if not isinstance(ctx, str) or not ctx:
-        raise ValueError(f"{where} is not HellaSwag: ctx must be a text that is not empty")
+        raise UserError(f"{where} is not HellaSwag: ctx must be a text that is not empty")
     if not isinstance(endings, list) or len(endings) != 4 or not all(isinstance(ending, str) for ending in endings):
-        raise ValueError(f"{where} is not HellaSwag: endings must be a list of four texts")
+        raise UserError(f"{where} is not HellaSwag: endings must be a list of four texts")
     if not isinstance(label, int | str) or str(label) not in ("0", "1", "2", "3"):  # the hub has them as strings
         given = repr(label) if isinstance(label, int | str | float | None) else f"a {type(label).__name__}"
-        raise ValueError(
-            f"{where}: label is {given[:40]}, and must be 0, 1, 2 or 3 (the test split has none: take val)"
-        )
+        raise UserError(f"{where}: label is {given[:40]}, and must be 0, 1, 2 or 3 (the test split has none: take val)")
     optional = {field: record.get(field) for field in ("activity_label", "ctx_a", "ctx_b")}
     if wrong := [field for field, value in optional.items() if not isinstance(value, str | None)]:
-        raise ValueError(f"{where} is not HellaSwag: {', '.join(wrong)} must be text")
+        raise UserError(f"{where} is not HellaSwag: {', '.join(wrong)} must be text")
     if re.search("[\ud800-\udfff]", "".join([ctx, *endings, *(text or "" for text in optional.values())])):
-        raise ValueError(f"{where} is not HellaSwag: its text holds half of a surrogate pair, which is no character")
+        raise UserError(f"{where} is not HellaSwag: its text holds half of a surrogate pair, which is no character")
     return Example(ctx=ctx, endings=tuple(endings), label=int(label), **optional)
 
 
@@ -185,7 +184,7 @@ def render(example: Example, style: Style) -> tuple[str, tuple[str, ...]]:
     if style == "nanogpt":
         return example.ctx, example.endings
     if example.activity_label is None or example.ctx_a is None or example.ctx_b is None:
-        raise ValueError(
+        raise UserError(
             "harness style reads activity_label, ctx_a and ctx_b, which these HellaSwag rows lack: "
             "give the original file, or take style nanogpt"
         )
@@ -267,9 +266,9 @@ def score_rows(
             lack a field that the style reads.
     """
     if style not in get_args(Style):
-        raise ValueError(f"HellaSwag has no style {style!r}: take one of {', '.join(get_args(Style))}")
+        raise UserError(f"HellaSwag has no style {style!r}: take one of {', '.join(get_args(Style))}")
     if model.config.vocab_size < VOCAB_SIZE:
-        raise ValueError(
+        raise UserError(
             f"HellaSwag needs GPT-2's {VOCAB_SIZE} tokens, and this model's vocab_size is {model.config.vocab_size}: "
             "score one that was trained on them"
         )
@@ -310,7 +309,7 @@ def _plan(index: int, example: Example, style: Style, block_size: int) -> _Row:
     answers = []
     for ending in endings:
         if len(ending) > block_size:
-            raise ValueError(
+            raise UserError(
                 f"HellaSwag row {index + 1} has an ending of {len(ending)} tokens, which does not fit "
                 f"block_size={block_size}: take a model with a longer context"
             )

@@ -1,0 +1,1 @@
+"""The tools beside training, one command each: bench, plan, report, show."""
