@@ -1,0 +1,39 @@
+"""Command-line parsers from typed functions."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any, get_args, get_origin
+
+import docstring_parser
+from jsonargparse import ArgumentParser
+
+
+def call(function: Callable[..., None], args: list[str]) -> None:
+    """Call ``function`` with the arguments of the command that has its name.
+
+    jsonargparse builds the parser from signature and docstring: parameters without a default are positional, types are
+    checked. Two things are added to what it does: a ``bool`` is a flag without a value, and a ``list`` takes several
+    values. A function of ``args: list[str]`` alone parses them itself, as those on LightningCLI do.
+    """
+    parameters = inspect.signature(function).parameters
+    if [*parameters] == ["args"]:
+        function(args)
+        return
+    doc = docstring_parser.parse(function.__doc__ or "")
+    help = {parameter.arg_name: parameter.description for parameter in doc.params}
+    parser = ArgumentParser(prog=f"gpt2 {function.__name__}", description=doc.short_description)
+    special = {name: element for name, p in parameters.items() if (element := _flag_or_element(p.annotation))}
+    parser.add_function_arguments(function, as_group=False, as_positional=True, skip=set(special))
+    for name, element in special.items():
+        required = parameters[name].default is inspect.Parameter.empty
+        options: dict[str, Any] = {"action": "store_true"} if element is bool else {"type": element, "nargs": "+"}
+        parser.add_argument(name if required else f"--{name}", help=help.get(name), **options)
+    function(**vars(parser.parse_args(args)))
+
+
+def _flag_or_element(annotation: Any) -> type | None:
+    """``bool`` for a flag, the type of the elements for a list (also ``list | None``), else None."""
+    if annotation is bool:
+        return bool
+    lists = [a for a in (annotation, *get_args(annotation)) if get_origin(a) is list]
+    return get_args(lists[0])[0] if lists else None
