@@ -1,6 +1,6 @@
 """GPT-2 reproduced from scratch on PyTorch Lightning.
 
-The names below are imported when they are first used, so that ``gpt2 --help`` pays for neither torch nor lightning.
+The names below are imported on first use, so that ``gpt2 --help`` does not wait for torch.
 """
 
 from importlib import import_module
@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["GPT", "GPTConfig", "load"]
 
-_HOME = {"GPT": "model", "GPTConfig": "model", "load": "checkpoints.load"}
+_MODULES = {"GPT": "model", "GPTConfig": "model", "load": "checkpoints.load"}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

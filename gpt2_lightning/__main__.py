@@ -9,7 +9,7 @@ from importlib import import_module
 from gpt2_lightning import __version__
 
 COMMANDS = {
-    "fit": ("cli.fit", "train from a recipe: --config configs/quickstart.yaml [--trainer.… --model.… --data.…]"),
+    "fit": ("cli.fit", "train from a recipe: --config configs/quickstart.yaml"),
     "validate": ("cli.fit", "validation loss and HellaSwag of a checkpoint: --config … --ckpt_path …"),
     "prepare": ("cli.commands", "tokenize documents into shards"),
     "generate": ("cli.commands", "sample text from a model"),
@@ -29,11 +29,18 @@ def main(args: Sequence[str] | None = None) -> int:
         The exit code: 0, 1 for an error of the user's, 2 for wrong usage, 130 for Ctrl-C, 128 + n for signal n.
     """
     args = list(sys.argv[1:] if args is None else args)
-    parser = argparse.ArgumentParser(prog="gpt2", epilog="gpt2 COMMAND --help lists the options of a command.")
+    parser = argparse.ArgumentParser(
+        prog="gpt2",
+        epilog="gpt2 COMMAND --help lists the options of a command.",
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=20),
+    )
     parser.add_argument("--version", action="version", version=f"gpt2_lightning {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, (_, help) in COMMANDS.items():
         commands.add_parser(name, help=help, add_help=False)
+    if not args:
+        parser.print_help(sys.stderr)
+        return 2
     try:
         command = parser.parse_args(args[:1]).command
     except SystemExit as stop:

@@ -1,4 +1,4 @@
-"""Files that several processes share: written whole or not at all, and locked by who is at work."""
+"""Atomic writing and locks, for files that several processes share."""
 
 import errno
 import os
@@ -11,14 +11,14 @@ from typing import IO, BinaryIO
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """A file that appears under ``path`` whole or not at all: written beside it, synced, then renamed over it.
+    """Open a file that appears under ``path`` complete or not at all: written beside it, synced, renamed.
 
-    On any error the half-written file is removed, which also gives its space back. One writer per path at a time.
+    If the caller raises, the unfinished file is deleted. One writer per path at a time.
     """
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.unlink(missing_ok=True)  # of a writer that was killed
+    temporary.unlink(missing_ok=True)  # left by a writer that was killed
     try:
-        with temporary.open("xb") as file:  # never through a link that somebody laid there
+        with temporary.open("xb") as file:  # x: never write through a link
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -26,7 +26,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    if os.name == "posix":  # the rename itself must survive a power cut; Windows cannot open a folder
+    if os.name == "posix":  # makes the rename itself survive a power failure; Windows cannot open a folder
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
@@ -35,11 +35,12 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def try_lock(file: IO[bytes], of_process: bool) -> bool:
-    """Locks an open file against others until it is closed or its process ends; False where another has it.
+    """Lock an open file until it is closed or the process ends. Returns False if another process holds the lock.
 
     Args:
-        of_process: the process holds it, so that forked children, which may outlive it by seconds, do not, and its
-            threads share it; else the open file itself does, against threads as well.
+        file: opened for writing.
+        of_process: the lock belongs to this process, not to children that it forks and that may outlive it; its threads
+            share it. Otherwise the lock belongs to the open file, so that it also excludes other threads.
     """
     try:
         if sys.platform == "win32":

@@ -1,1 +1,1 @@
-"""Starting and ending a run: the commands, launchers and signals, the run's folder, the list of callbacks, messages."""
+"""Starting and ending a run: commands, launchers, the run's folder, the list of callbacks, messages."""

@@ -90,6 +90,7 @@ def validate(args: list[str]) -> None:
 
 def plan(args: list[str]) -> None:
     """``gpt2 plan``: what a recipe needs, calculated before anything runs."""
+    configure_libraries()
     config = PlanCLI(args).config
     check_trainer_settings(config.trainer)
     check_strategy(config.trainer.strategy)
@@ -106,9 +107,10 @@ class RecipeCLI(LightningCLI):
     command = ""
 
     def __init__(self, args: list[str]) -> None:
+        self.usage = f"gpt2 {self.command} --config RECIPE [--trainer.… --model.… --data.…]"
         if not any(arg.partition("=")[0] in ("--config", "-c", "-h", "--help", "--print_config") for arg in args):
             recipes = ", ".join(sorted(map(str, Path("configs").glob("*.yaml")))) or "in the repository's configs/"
-            print(f"usage: gpt2 {self.command} --config RECIPE [--trainer.… --model.… --data.…]", file=sys.stderr)
+            print("usage:", self.usage, file=sys.stderr)
             print(f"gpt2 {self.command}: error: no --config given; the recipes are {recipes}", file=sys.stderr)
             raise SystemExit(2)
         super().__init__(
@@ -118,7 +120,7 @@ class RecipeCLI(LightningCLI):
             save_config_callback=None,  # FitCLI adds ours
             trainer_defaults=TRAINER_DEFAULTS,
             seed_everything_default=1337,
-            parser_kwargs={"prog": f"gpt2 {self.command}", "description": globals()[self.command].__doc__},
+            parser_kwargs={"prog": f"gpt2 {self.command}", "usage": self.usage, "description": None},
             args=args,
             run=False,
             auto_configure_optimizers=False,  # GPTModule makes the decay groups, and steps the schedule each step

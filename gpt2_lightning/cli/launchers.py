@@ -57,10 +57,11 @@ def check_world_size(trainer: Trainer) -> None:
         return
     if (world_size, per_node) != (expected, trainer.num_devices):
         nodes = world_size // max(1, per_node)
+        strategy = " --trainer.strategy ddp" if world_size > 1 else ""
         raise UserError(
             f"{launcher} started {world_size} processes on {nodes} node(s), but the Trainer expects {expected} "
             f"({trainer.num_devices} on each of {trainer.num_nodes}): give --trainer.devices {per_node} "
-            f"--trainer.num_nodes {nodes}{' --trainer.strategy ddp' if world_size > 1 else ''}, or start {expected} processes"
+            f"--trainer.num_nodes {nodes}{strategy}, or start {expected} processes"
         )
 
 
