@@ -1,12 +1,12 @@
-"""The network: GPT-2 as published (Radford et al. 2019), top-down: config, attention, MLP, block, GPT.
+"""GPT-2 (Radford et al. 2019), from top to bottom: config, attention, MLP, block, GPT.
 
-Parameters carry the names of Hugging Face's ``GPT2LMHeadModel`` (``transformer.h.0.attn.c_attn.weight`` …), stored as
-``nn.Linear`` stores them, (out, in): HF's Conv1D holds the transpose.
+Parameters are named as in Hugging Face's ``GPT2LMHeadModel`` (``transformer.h.0.attn.c_attn.weight``). Linear weights
+are stored as ``nn.Linear`` stores them, (out, in); Hugging Face's Conv1D stores the transpose.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Protocol
 
 import torch
@@ -19,43 +19,39 @@ from gpt2_lightning.errors import UserError
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """The shape of a GPT-2. The defaults are GPT-2 (124M) with its vocabulary padded to a multiple of 128."""
+    """The shape of a GPT-2. The defaults are GPT-2 (124M) with a padded vocabulary."""
 
     block_size: int = 1024
-    """Longest sequence, in tokens: the number of learned positions."""
+    """Maximum sequence length in tokens: the number of learned positions."""
     vocab_size: int = 50304
-    """Rows of the embedding: 50,257 tokens of GPT-2's BPE, and 47 that are never used, for round kernels."""
+    """Rows of the token embedding: GPT-2's 50,257 tokens, padded to a multiple of 128 for efficient kernels."""
     n_layer: int = 12
     """Number of blocks."""
     n_head: int = 12
-    """Attention heads per block; divides ``n_embd``."""
+    """Number of attention heads in each block; must divide ``n_embd``."""
     n_embd: int = 768
     """Width of the residual stream."""
 
     def __post_init__(self) -> None:
-        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
-            value = getattr(self, name)
-            if value is None or not 1 <= value < 2**24:  # None: left empty in a recipe
-                raise UserError(f"{name} is {value}: give a whole number of at least 1, and below {2**24}")
+        for name, size in asdict(self).items():
+            if size is None or size < 1:  # None is an empty value in a recipe
+                raise UserError(f"{name} is {size}: give a whole number of at least 1")
         if self.n_embd % self.n_head != 0:
-            heads = [h for h in range(1, self.n_embd + 1) if self.n_embd % h == 0]
-            nearest = sorted(sorted(heads, key=lambda h: abs(h - self.n_head))[:4])
-            raise UserError(
-                f"n_head={self.n_head} does not divide n_embd={self.n_embd}: set n_head to one of {nearest}"
-            )
+            raise UserError(f"n_head={self.n_head} does not divide n_embd={self.n_embd}: change one of them")
 
 
 class LayerCache(Protocol):
-    """What attention asks of a key-value cache: take this step's keys and values, give back all so far."""
+    """The key-value cache of one layer, as attention uses it (see ``generate.KVCache``)."""
 
-    def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]: ...
+    def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Appends new keys and values (B, n_head, T, head_size) and returns all S of them so far."""
 
 
 class CausalSelfAttention(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.n_head = config.n_head
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # query, key, value of all heads in one matrix
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # query, key and value of all heads in one matmul
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor, mask: Tensor | None = None, cache: LayerCache | None = None) -> Tensor:
@@ -66,10 +62,10 @@ class CausalSelfAttention(nn.Module):
         v = v.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
         if cache is not None:
             k, v = cache.update(k, v)  # (B, nh, S, hs), S >= T
-        # a single new token may see all of the cache; several at once need the caller's mask
+        # one new token may attend to the whole cache; several new tokens after cached ones need a mask
         assert mask is not None or T in (1, k.size(2))
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1)
-        y = y.transpose(1, 2).contiguous().view(B, T, C)  # (B, T, C), heads side by side
+        y = y.transpose(1, 2).contiguous().view(B, T, C)  # concatenate the heads: (B, T, C)
         return self.c_proj(y)
 
 
@@ -80,7 +76,7 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))  # OpenAI's GELU is the tanh approximation
+        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))  # GPT-2 uses the tanh approximation of GELU
 
 
 class Block(nn.Module):
@@ -98,36 +94,31 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """GPT-2. ``model(idx)`` gives logits; ``model.hidden(idx)`` stops before the head, for what needs no logits.
-
-    Where ``activation_checkpointing`` is set, training keeps each block's input only and computes the rest of it again
-    in the backward pass: the same numbers for up to a third more compute and a fraction of the memory.
-    """
+    """GPT-2: ``model(idx)`` returns logits, ``model.hidden(idx)`` the hidden states before the head."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
-        self.activation_checkpointing = False
-        wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.activation_checkpointing = False  # True: backward recomputes each block, for less memory and more compute
         self.transformer = nn.ModuleDict(
             {
-                "wte": wte,
+                "wte": nn.Embedding(config.vocab_size, config.n_embd),
                 "wpe": nn.Embedding(config.block_size, config.n_embd),
                 "h": nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
                 "ln_f": nn.LayerNorm(config.n_embd),
             }
         )
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.lm_head.weight = wte.weight  # tied: the embedding is the classifier
+        self.lm_head.weight = self.transformer.get_parameter("wte.weight")  # weight tying
         self.apply(self._init_weights)
 
     def _init_weights(self, module: nn.Module) -> None:
-        """std 0.02, biases 0; what writes into the residual stream, 2·n_layer times, 0.02 / sqrt(2·n_layer)."""
+        """std 0.02, and 0.02 / √(2 · n_layer) where one of 2 · n_layer layers adds to the residual stream; biases 0."""
         if isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, mean=0.0, std=0.02)
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
-        if isinstance(module, CausalSelfAttention | MLP):  # apply() visits children first, so this is the last word
+        if isinstance(module, CausalSelfAttention | MLP):  # apply() visits children first, so this overrides 0.02
             nn.init.normal_(module.c_proj.weight, mean=0.0, std=0.02 / math.sqrt(2 * self.config.n_layer))
 
     def hidden(
@@ -137,13 +128,14 @@ class GPT(nn.Module):
         mask: Tensor | None = None,
         cache: Sequence[LayerCache] | None = None,
     ) -> Tensor:
-        """Final hidden states (B, T, n_embd), after ``ln_f``: ``lm_head`` of them gives the logits.
+        """Final hidden states (B, T, n_embd), after ``ln_f``; ``lm_head`` turns them into logits.
 
         Args:
             idx: token ids (B, T).
-            positions: position of each token, (T,) or (B, T), below ``block_size``; 0 … T-1 when not given.
-            mask: what each query may see, boolean, broadcastable to (B, n_head, T, S); causal when not given.
-            cache: one key-value cache per layer, S = tokens in it after this call; S = T without one.
+            positions: position of each token, (T,) or (B, T); defaults to 0 … T-1.
+            mask: boolean, True where a query may attend to a key, broadcastable to (B, n_head, T, S); defaults to
+                causal.
+            cache: one key-value cache per layer. S is the number of tokens in it after this call; S = T without one.
         """
         T = idx.size(1)
         if positions is None:
@@ -155,7 +147,7 @@ class GPT(nn.Module):
             if self.activation_checkpointing and torch.is_grad_enabled() and cache is None:
                 x = checkpoint(block, x, mask, use_reentrant=False)
             else:
-                x = block(x, mask, None if cache is None else cache[i])
+                x = block(x, mask, cache[i] if cache is not None else None)
         return self.transformer["ln_f"](x)
 
     def forward(self, idx: Tensor) -> Tensor:
@@ -163,14 +155,14 @@ class GPT(nn.Module):
         return self.lm_head(self.hidden(idx))
 
     def num_parameters(self) -> int:
-        """Parameters, the tied matrix counted once: 124,439,808 for GPT-2 (124M) with 50,257 rows."""
+        """Number of parameters, with the tied matrix counted once: 124,439,808 for GPT-2 (124M)."""
         return sum(p.numel() for p in self.parameters())
 
     def flops_per_token(self) -> int:
-        """Training FLOPs per token, forward and backward, after the PaLM paper's appendix B with causal attention.
+        """Training FLOPs per token, forward and backward (PaLM paper, appendix B, with causal attention).
 
-        6 per weight in a matmul (the head is one, the embeddings are look-ups), and 6·n_layer·n_embd·T for the two
-        attention matmuls, of which causality needs half. 798M for GPT-2 (124M) with 50,304 rows at T=1024.
+        6 for each weight of a matmul: 12 · n_embd² in a block, and the head (embeddings are look-ups). The two
+        attention matmuls add 12 · n_layer · n_embd · T, of which a causal mask needs half. 798M for the default config.
         """
         c = self.config
         matmul_weights = 12 * c.n_layer * c.n_embd**2 + c.vocab_size * c.n_embd

@@ -1,4 +1,4 @@
-"""The optimizers of GPT-2, and what weight decay touches."""
+"""The optimizers, AdamW and Muon, and the parameter groups that weight decay applies to."""
 
 import re
 from collections import defaultdict
@@ -11,14 +11,11 @@ from torch.optim.optimizer import ParamsT
 
 from gpt2_lightning.errors import UserError
 
-FUSED_DEVICES = ("cpu", "cuda", "mps")
+NamedParameter = tuple[str, nn.Parameter]
 
 
 class AdamW(torch.optim.AdamW):
-    """torch's AdamW with GPT-3's settings, in one kernel for the whole update where the device has it.
-
-    On a CPU that kernel is a large part of a small model's step; ``torch.optim.AdamW`` itself has to be told.
-    """
+    """torch's fused AdamW with GPT-3's settings. Fusing it saves a large part of a small model's step on a CPU."""
 
     def __init__(
         self,
@@ -29,48 +26,48 @@ class AdamW(torch.optim.AdamW):
         weight_decay: float = 0.1,
     ) -> None:
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
-        if all(p.device.type in FUSED_DEVICES for group in self.param_groups for p in group["params"]):
-            for group in self.param_groups:
-                group["fused"] = True
+        # the argument fused=True would also leave the unscaling of fp16 gradients to the optimizer, after our clipping
+        for group in self.param_groups:
+            group["fused"] = True
 
 
-def decay_groups(named_parameters: Iterable[tuple[str, nn.Parameter]]) -> list[dict[str, Any]]:
-    """Two parameter groups: matrices and embeddings decay; biases and LayerNorms, which are 1-D, do not.
+def decay_groups(named_parameters: Iterable[NamedParameter]) -> list[dict[str, Any]]:
+    """Two parameter groups: matrices and embeddings, which decay, and 1-D biases and LayerNorms, which do not.
 
-    The first group takes the optimizer's own ``weight_decay``, the second has 0. Each parameter is in one of them, a
-    tied one once (``named_parameters`` lists it once), its name beside it. Those that want no gradient are left out.
+    The first group takes the optimizer's ``weight_decay``, the second has 0. Parameters that need no gradient are left
+    out. ``param_names`` holds the name of each parameter.
     """
-    wanted = [(name, p) for name, p in named_parameters if p.requires_grad]
+    trained = [(name, p) for name, p in named_parameters if p.requires_grad]
+    decay = [(name, p) for name, p in trained if p.dim() >= 2]
+    no_decay = [(name, p) for name, p in trained if p.dim() < 2]
+    return [_group(decay), _group(no_decay) | {"weight_decay": 0.0}]
 
-    def group(pairs: list[tuple[str, nn.Parameter]], **settings: float) -> dict[str, Any]:
-        return {"params": [p for _, p in pairs], "param_names": [name for name, _ in pairs], **settings}
 
-    return [
-        group([(name, p) for name, p in wanted if p.dim() >= 2]),
-        group([(name, p) for name, p in wanted if p.dim() < 2], weight_decay=0.0),
-    ]
+def _group(named_parameters: list[NamedParameter]) -> dict[str, Any]:
+    return {"params": [p for _, p in named_parameters], "param_names": [name for name, _ in named_parameters]}
 
 
 class Muon(AdamW):
-    """Muon (Jordan et al. 2024) for the matrices of the blocks, AdamW for the rest, as one optimizer.
+    """Muon (Jordan et al. 2024) for the matrices of the blocks and AdamW for all other parameters, in one optimizer.
 
-    A matrix moves by its momentum with all singular values brought near 1 (``orthogonalize``), scaled so that an entry
-    changes by 0.2 · lr in root mean square, about what AdamW's do (Liu et al. 2025, "Muon is scalable for LLM
-    training"): one learning rate, schedule and weight decay can serve both. Query, key and value, which GPT-2 keeps in
-    one ``c_attn``, are three matrices. Under DDP each rank orthogonalises its share of them.
+    A matrix moves along its momentum, orthogonalized (all singular values near 1) and scaled to a root mean square of
+    0.2 · lr per entry. That is about the size of AdamW's updates (Liu et al. 2025, "Muon is scalable for LLM
+    training"), so one learning rate, schedule and weight decay can serve both. The query, key and value matrices in
+    ``c_attn`` are orthogonalized separately. In a distributed run each rank orthogonalizes its share of the matrices.
 
     Args:
-        params: groups as ``decay_groups`` makes them, or ``model.named_parameters()``: names tell what is in a block.
-        lr: peak of the matrices.
-        adamw_lr: peak of embeddings, biases and LayerNorms; None takes ``lr``.
-        betas: AdamW's, as ``eps``.
-        weight_decay: decoupled, of matrices and embeddings.
-        momentum: of the matrices, in Nesterov's form.
-        momentum_warmup_steps: updates over which the momentum rises from 0.85, so that the first and noisiest
-            gradients are soon forgotten.
+        params: ``model.named_parameters()``, or groups from ``decay_groups``: matrices of blocks are found by name.
+        lr: peak learning rate of the matrices.
+        adamw_lr: peak learning rate of embeddings, biases and LayerNorms; None takes ``lr``.
+        betas: AdamW's.
+        eps: AdamW's.
+        weight_decay: decoupled weight decay of matrices and embeddings.
+        momentum: Nesterov momentum of the matrices, in [0, 1).
+        momentum_warmup_steps: steps over which the momentum rises from 0.85, so that the noisy first gradients are
+            forgotten soon.
 
     Raises:
-        ValueError: parameters without names, no matrix of a block among them, or sharded ones.
+        UserError: parameters without names, without a matrix of a block, or sharded ones; a momentum out of range.
     """
 
     def __init__(
@@ -84,121 +81,109 @@ class Muon(AdamW):
         momentum: float = 0.95,
         momentum_warmup_steps: int = 300,
     ) -> None:
-        if not 0 <= momentum < 1 or not 0 <= momentum_warmup_steps < 2**40:
-            raise UserError(
-                f"momentum={momentum}, momentum_warmup_steps={momentum_warmup_steps}: give 0 to below 1, and at least 0"
-            )
-        if adamw_lr is not None and not adamw_lr >= 0:  # of a group, at which torch's AdamW does not look
-            raise UserError(f"adamw_lr={adamw_lr}: give 0 or more, or null for that of the matrices")
+        if not 0 <= momentum < 1:
+            raise UserError(f"momentum={momentum}: give at least 0 and less than 1")
         groups: list[Any] = list(params)
         if groups and isinstance(groups[0], tuple):
             groups = decay_groups(groups)
         if not all(isinstance(group, dict) and "param_names" in group for group in groups):
-            raise UserError("Muon tells matrices from embeddings by name: give model.named_parameters()")
-        for_adamw = {"orthogonal": False, "lr": lr if adamw_lr is None else adamw_lr}
-        for_matrices = {"orthogonal": True, "momentum": momentum, "momentum_warmup_steps": momentum_warmup_steps}
-        split = [
-            _keep(group, in_a_block) | (for_matrices if in_a_block else for_adamw)
-            for in_a_block in (True, False)
-            for group in groups
-        ]
-        super().__init__([g for g in split if g["params"]], lr, betas, eps, weight_decay)
-        matrices = [p for group in self.param_groups if group["orthogonal"] for p in group["params"]]
-        if not matrices:
+            raise UserError("Muon selects matrices by name: give it model.named_parameters()")
+        muon_settings = {"orthogonal": True, "momentum": momentum, "momentum_warmup_steps": momentum_warmup_steps}
+        adamw_settings = {"orthogonal": False, "lr": lr if adamw_lr is None else adamw_lr}
+        muon_groups, adamw_groups = [], []
+        for group in groups:
+            named = list(zip(group["param_names"], group["params"], strict=True))
+            matrices = [(name, p) for name, p in named if _is_block_matrix(name, p)]
+            others = [(name, p) for name, p in named if not _is_block_matrix(name, p)]
+            muon_groups.append(group | _group(matrices) | muon_settings)
+            adamw_groups.append(group | _group(others) | adamw_settings)
+        if not any(group["params"] for group in muon_groups):
             raise UserError("Muon found no matrix of a block (…h.0.….weight) among the parameters")
-        if any(hasattr(p, "full_tensor") for p in matrices):  # DTensors, whose import takes a second
-            raise UserError("Muon orthogonalises whole matrices, and these are sharded: set trainer.strategy to ddp")
+        # importing DTensor for isinstance would take a second
+        if any(hasattr(p, "full_tensor") for group in muon_groups for p in group["params"]):
+            raise UserError("Muon orthogonalizes whole matrices, but these are sharded: set trainer.strategy to ddp")
+        super().__init__([g for g in muon_groups + adamw_groups if g["params"]], lr, betas, eps, weight_decay)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         loss = None
-        if closure is not None:  # before the groups are taken apart: Lightning clears and clips gradients in there
+        if closure is not None:  # called before the groups are split: Lightning's closure clips the gradients of all
             with torch.enable_grad():
                 loss = closure()
-        groups = self.param_groups
-        try:  # torch's AdamW sees the groups that are its own
-            self.param_groups = [group for group in groups if not group["orthogonal"]]
+        all_groups = self.param_groups
+        try:
+            self.param_groups = [group for group in all_groups if not group["orthogonal"]]
             super().step()
         finally:
-            self.param_groups = groups
-        for group in groups:
+            self.param_groups = all_groups
+        for group in all_groups:
             if group["orthogonal"]:
                 self._step_matrices(group)
         return loss
 
     def _step_matrices(self, group: dict[str, Any]) -> None:
-        updates = []
+        """Matrices of one shape are orthogonalized together, as one batched matmul."""
+        updates: list[tuple[Tensor, Tensor]] = []
         by_shape: dict[torch.Size, list[Tensor]] = defaultdict(list)
         for name, p in zip(group["param_names"], group["params"], strict=True):
             if p.grad is None:
                 continue
-            update = self._momentum(p, group)
+            update = self._nesterov_momentum(p, group)
             updates.append((p, update))
-            for matrix in update.chunk(3 if name.endswith("c_attn.weight") else 1):  # views: writing there writes here
+            for matrix in update.chunk(3 if name.endswith("c_attn.weight") else 1):  # views of update
                 wide = matrix.t() if matrix.size(0) > matrix.size(1) else matrix
                 by_shape[wide.shape].append(wide)
         for shape, matrices in by_shape.items():
-            scale = 0.2 * max(shape) ** 0.5  # orthogonal, an entry is 1 / √(longer side) in root mean square
-            for matrix, orthogonal in zip(matrices, _orthogonalize_on_all_ranks(torch.stack(matrices)), strict=True):
+            scale = 0.2 * max(shape) ** 0.5  # entries of an orthogonal matrix have RMS 1 / √(longer side)
+            for matrix, orthogonal in zip(matrices, _orthogonalize_across_ranks(torch.stack(matrices)), strict=True):
                 matrix.copy_(orthogonal).mul_(scale)
         for p, update in updates:
             p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update, alpha=group["lr"])
 
-    def _momentum(self, p: Tensor, group: dict[str, Any]) -> Tensor:
-        """What ``p`` is to move along: its momentum, looked at one gradient ahead (Nesterov)."""
+    def _nesterov_momentum(self, p: Tensor, group: dict[str, Any]) -> Tensor:
+        """Updates the momentum of ``p`` and returns it with the current gradient counted once more (Nesterov)."""
         assert p.grad is not None
         state = self.state[p]
         if not state:
-            state["step"] = torch.zeros((), device=p.device)  # there, so that nothing waits for the device
+            state["step"] = torch.zeros((), device=p.device)  # on the device, so that no step synchronizes
             state["momentum_buffer"] = torch.zeros_like(p)
         state["step"] += 1
-        warm = (state["step"] / max(1, group["momentum_warmup_steps"])).clamp(max=1)
-        momentum = 0.85 + (group["momentum"] - 0.85) * warm
+        warmup = (state["step"] / max(1, group["momentum_warmup_steps"])).clamp(max=1)
+        momentum = 0.85 + (group["momentum"] - 0.85) * warmup
         state["momentum_buffer"].lerp_(p.grad, 1 - momentum)
         return p.grad.lerp(state["momentum_buffer"], momentum)
 
 
-def _keep(group: dict[str, Any], in_a_block: bool) -> dict[str, Any]:
-    """The group with those of its parameters that are, or are not, matrices of a block."""
-    kept = [
-        (name, p)
-        for name, p in zip(group["param_names"], group["params"], strict=True)
-        if (p.dim() == 2 and _OF_A_BLOCK.match(name) is not None) == in_a_block
-    ]
-    return group | {"params": [p for _, p in kept], "param_names": [name for name, _ in kept]}
+def _is_block_matrix(name: str, p: Tensor) -> bool:
+    return p.dim() == 2 and re.match(r"(.*\.)?h\.\d+\.", name) is not None  # transformer.h.0.attn.c_attn.weight
 
 
-_OF_A_BLOCK = re.compile(r"(.*\.)?h\.\d+\.")  # transformer.h.0.attn.c_attn.weight
+def orthogonalize(matrices: Tensor, iterations: int = 5) -> Tensor:
+    """Brings all singular values of each matrix near 1, in bf16. ``matrices``: (n, rows, columns), rows ≤ columns.
 
-_QUINTIC = (3.4445, -4.7750, 2.0315)
-"""a·x + b·x³ + c·x⁵: the steepest at 0 that keeps (0, 1] within about 0.7 to 1.2 (Jordan et al. 2024)."""
-
-
-def orthogonalize(stack: Tensor, iterations: int = 5) -> Tensor:
-    """Matrices (n, rows, columns), rows ≤ columns, with all their singular values brought near 1; in bf16.
-
-    Newton–Schulz: an odd polynomial of a matrix acts on its singular values alone, and takes only matmuls.
+    Newton-Schulz iteration: an odd polynomial of a matrix changes only its singular values, and needs only matmuls.
     """
-    a, b, c = _QUINTIC
-    x = stack.bfloat16()
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # no singular value is above the Frobenius norm
+    # a·x + b·x³ + c·x⁵ has the steepest slope at 0 that still keeps (0, 1] within about 0.7 to 1.2 (Jordan et al. 2024)
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = matrices.bfloat16()
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # no singular value exceeds the Frobenius norm
     for _ in range(iterations):
         gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # b·gram + c·gram²
+        x = torch.baddbmm(x, polynomial, x, beta=a)  # a·x + polynomial·x
     return x
 
 
-def _orthogonalize_on_all_ranks(stack: Tensor) -> Tensor:
-    """``orthogonalize``, each rank of the job doing its share of the matrices, which all of them hold."""
+def _orthogonalize_across_ranks(matrices: Tensor) -> Tensor:
+    """``orthogonalize`` of matrices that every rank holds: each computes its share, then all gather the results."""
     world_size = distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
     if world_size == 1:
-        return orthogonalize(stack)
-    share = -(-len(stack) // world_size)
-    first = share * distributed.get_rank()
-    mine = torch.zeros(share, *stack.shape[1:], dtype=torch.bfloat16, device=stack.device)
-    if first < len(stack):
-        done = orthogonalize(stack[first : first + share])
-        mine[: len(done)] = done
-    shares = [torch.empty_like(mine) for _ in range(world_size)]
-    distributed.all_gather(shares, mine)
-    return torch.cat(shares)[: len(stack)]
+        return orthogonalize(matrices)
+    share = -(-len(matrices) // world_size)  # rounded up
+    mine = matrices[share * distributed.get_rank() :][:share]
+    padded = torch.zeros(share, *matrices.shape[1:], dtype=torch.bfloat16, device=matrices.device)
+    if len(mine) > 0:
+        padded[: len(mine)] = orthogonalize(mine)
+    shares = [torch.empty_like(padded) for _ in range(world_size)]
+    distributed.all_gather(shares, padded)
+    return torch.cat(shares)[: len(matrices)]

@@ -1,4 +1,4 @@
-"""Learning-rate and batch-size schedules: pure functions of the step, and the thin classes that carry them."""
+"""Learning-rate and batch-size schedules: pure functions of the step, and the classes that apply them."""
 
 import math
 from abc import ABC, abstractmethod
@@ -13,10 +13,10 @@ from gpt2_lightning.errors import UserError
 
 
 def warmup_cosine(step: int, max_lr: float, min_lr: float, warmup_steps: int, max_steps: float) -> float:
-    """Learning rate of step ``step`` (from 0): linear warm-up, then a cosine from ``max_lr`` to ``min_lr``, then that.
+    """Learning rate of ``step`` (from 0): linear warmup to ``max_lr``, then cosine decay to ``min_lr``.
 
-    The first step has ``max_lr / warmup_steps``, step ``warmup_steps`` the peak, step ``max_steps`` the floor: to the
-    last bit what build-nanogpt's ``get_lr`` gives.
+    Step 0 has ``max_lr / warmup_steps``; ``max_steps`` and all later steps have ``min_lr``. Returns the same doubles as
+    ``get_lr`` of build-nanogpt.
     """
     if step < warmup_steps:
         return max_lr * (step + 1) / warmup_steps
@@ -29,9 +29,9 @@ def warmup_cosine(step: int, max_lr: float, min_lr: float, warmup_steps: int, ma
 def warmup_stable_decay(
     step: int, max_lr: float, min_lr: float, warmup_steps: int, decay_steps: float, max_steps: float
 ) -> float:
-    """Learning rate of step ``step`` (from 0): linear warm-up, ``max_lr``, and in the last steps a line to ``min_lr``.
+    """Learning rate of ``step`` (from 0): linear warmup, constant ``max_lr``, then linear decay to ``min_lr``.
 
-    The line takes ``decay_steps``, or all that the warm-up leaves where that is less, and ends at ``max_steps``.
+    The decay takes ``decay_steps``, or all steps after the warmup if those are fewer, and ends at ``max_steps``.
     """
     if step < warmup_steps:
         return max_lr * (step + 1) / warmup_steps
@@ -44,23 +44,25 @@ def warmup_stable_decay(
 
 
 class Warmup(LRScheduler, ABC):
-    """A schedule that warms up; ``rate`` says what comes then. Each parameter group's own lr is its peak.
+    """Base class of the schedules. Scales each parameter group from its own peak, the optimizer's ``lr``.
 
     Args:
-        optimizer: its groups' ``lr`` are the peaks.
-        warmup_steps: optimizer steps of linear warm-up.
-        max_steps: the step at which the floor is reached; None means ``trainer.max_steps``, which GPTModule fills in.
-        min_lr: the floor, reached at ``max_steps`` and kept after it.
+        optimizer: the optimizer whose learning rates are scheduled.
+        warmup_steps: steps of linear warmup.
+        max_steps: step at which ``min_lr`` is reached; None means ``trainer.max_steps`` (set by ``GPTModule``).
+        min_lr: learning rate from ``max_steps`` on.
+
+    Raises:
+        UserError: ``min_lr`` is above the peak, or ``max_steps`` lies within the warmup.
     """
 
     def __init__(self, optimizer: Optimizer, warmup_steps: int, max_steps: int | None, min_lr: float) -> None:
-        if warmup_steps < 0:
-            raise UserError(f"lr_scheduler.warmup_steps is {warmup_steps}: give 0 or more optimizer steps")
-        if not 0 <= min_lr <= max(group["lr"] for group in optimizer.param_groups):
-            raise UserError(f"lr_scheduler.min_lr is {min_lr}: give 0 or more, and not more than the optimizer's lr")
+        peak = max(group["lr"] for group in optimizer.param_groups)
+        if not 0 <= min_lr <= peak:
+            raise UserError(f"lr_scheduler.min_lr is {min_lr}: give at least 0 and at most the optimizer's lr ({peak})")
         if max_steps is not None and max_steps < warmup_steps:
             raise UserError(
-                f"lr_scheduler.max_steps={max_steps} ends before the warm-up of {warmup_steps} steps: "
+                f"lr_scheduler.max_steps={max_steps} ends before the warmup of {warmup_steps} steps: "
                 "lower warmup_steps or raise max_steps"
             )
         self.warmup_steps = warmup_steps
@@ -70,14 +72,14 @@ class Warmup(LRScheduler, ABC):
 
     @abstractmethod
     def rate(self, step: int, max_lr: float, max_steps: float) -> float:
-        """Learning rate of step ``step`` (from 0) for the peak ``max_lr``; ``max_steps`` may be infinite."""
+        """Learning rate of ``step`` (from 0) for the peak ``max_lr``; ``max_steps`` may be infinite."""
 
     def get_lr(self) -> list[float | Tensor]:
-        end = math.inf if self.max_steps is None else self.max_steps
-        return [self.rate(self.last_epoch, float(max_lr), end) for max_lr in self.base_lrs]
+        max_steps = math.inf if self.max_steps is None else self.max_steps
+        return [self.rate(self.last_epoch, float(max_lr), max_steps) for max_lr in self.base_lrs]
 
     def state_dict(self) -> dict[str, int]:
-        """The step alone: peak, floor and length are the command's, also when it goes on with a run."""
+        """Only the step: when a run resumes, the settings given then apply."""
         return {"last_epoch": self.last_epoch}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
@@ -87,7 +89,7 @@ class Warmup(LRScheduler, ABC):
 
 
 class WarmupCosine(Warmup):
-    """``warmup_cosine``: build-nanogpt's schedule, GPT-3's. Arguments as ``Warmup``'s."""
+    """Linear warmup and cosine decay, as GPT-3 and build-nanogpt. Arguments: see ``Warmup``."""
 
     def __init__(
         self, optimizer: Optimizer, warmup_steps: int = 715, max_steps: int | None = None, min_lr: float = 6e-5
@@ -99,10 +101,12 @@ class WarmupCosine(Warmup):
 
 
 class WarmupStableDecay(Warmup):
-    """``warmup_stable_decay``: before the decay, a run can be made longer. Arguments as ``Warmup``'s.
+    """Linear warmup, constant rate, linear decay. Until the decay begins, a run can be extended.
+
+    The other arguments: see ``Warmup``.
 
     Args:
-        decay_steps: optimizer steps of the line down to ``min_lr`` at the end.
+        decay_steps: steps of the linear decay to ``min_lr`` at the end.
     """
 
     def __init__(
@@ -113,8 +117,6 @@ class WarmupStableDecay(Warmup):
         max_steps: int | None = None,
         min_lr: float = 0.0,
     ) -> None:
-        if decay_steps < 0:
-            raise UserError(f"lr_scheduler.decay_steps is {decay_steps}: give 0 or more optimizer steps")
         self.decay_steps = decay_steps
         super().__init__(optimizer, warmup_steps, max_steps, min_lr)
 
@@ -123,7 +125,7 @@ class WarmupStableDecay(Warmup):
 
 
 class WarmupLinear(Warmup):
-    """Linear warm-up, then a line from the peak to 0. Arguments as ``Warmup``'s."""
+    """Linear warmup, then linear decay to 0. Arguments: see ``Warmup``."""
 
     def __init__(self, optimizer: Optimizer, warmup_steps: int = 715, max_steps: int | None = None) -> None:
         super().__init__(optimizer, warmup_steps, max_steps, min_lr=0.0)
@@ -134,57 +136,51 @@ class WarmupLinear(Warmup):
 
 @dataclass(frozen=True)
 class BatchSizeSchedule:
-    """A batch that begins small and doubles until it is ``total_batch_tokens``, as GPT-3 ramped its own.
+    """Ramps the batch up from ``start_tokens`` to ``total_batch_tokens``, as GPT-3 did, by doubling it.
 
-    The paper (Brown et al. 2020, table 2.1 and appendix B) grows it linearly with the tokens seen, from 32k to the full
-    size over the first 4-12 billion. Here it doubles each time that line has reached the next doubling.
+    GPT-3 (Brown et al. 2020, table 2.1 and appendix B) increased its batch linearly with the tokens seen, from 32k to
+    the full size over the first 4-12 billion tokens. Here the batch doubles when that line reaches the next doubling.
     """
 
     start_tokens: int = 32768
-    """tokens of the first step; ``total_batch_tokens`` is this times a power of two"""
+    """Tokens of the first step; ``total_batch_tokens`` must be this times a power of two."""
     ramp_tokens: float = 4e9
-    """tokens trained on when the full size is reached"""
+    """Tokens seen when the full batch size is reached."""
 
 
 class Stage(NamedTuple):
-    """Steps of one size."""
+    """A range of steps with the same batch size, up to the next stage."""
 
     first_step: int
-    first_token: int  # of the run: those of all the steps before
+    first_token: int  # tokens trained on before first_step
     step_tokens: int
 
 
 def batch_size_stages(total_batch_tokens: int, schedule: BatchSizeSchedule | None) -> list[Stage]:
-    """The sizes that a run's steps go through: one without a schedule, else doubling from ``start_tokens``.
+    """The stages of a run: a single one without a schedule, else one for each doubling from ``start_tokens``.
 
     Raises:
-        ValueError: ``total_batch_tokens`` is not ``start_tokens`` times a power of two, or nothing to ramp over.
+        UserError: ``total_batch_tokens`` is not ``start_tokens`` times a power of two.
     """
     if schedule is None:
         return [Stage(0, 0, total_batch_tokens)]
-    if schedule.start_tokens is None or schedule.ramp_tokens is None:  # left empty in a recipe
-        raise UserError("data.batch_size_schedule needs start_tokens and ramp_tokens: give both, or set it to null")
-    start, doublings = schedule.start_tokens, 0
-    while 0 < start << doublings < total_batch_tokens:
-        doublings += 1
-    if start << doublings != total_batch_tokens:
+    start = schedule.start_tokens
+    sizes = [start]
+    while 0 < sizes[-1] < total_batch_tokens:
+        sizes.append(2 * sizes[-1])
+    if sizes[-1] != total_batch_tokens:
         halves = [total_batch_tokens >> k for k in range(8) if total_batch_tokens % (1 << k) == 0]
         raise UserError(
-            f"data.batch_size_schedule.start_tokens={start} does not reach data.total_batch_tokens="
-            f"{total_batch_tokens} by doubling: set it to one of {halves}"
-        )
-    if not 0 < schedule.ramp_tokens < math.inf:
-        raise UserError(
-            f"data.batch_size_schedule.ramp_tokens is {schedule.ramp_tokens}: give the tokens after which the batch "
-            "has its full size, such as 4.0e+9, or set data.batch_size_schedule to null"
+            f"data.batch_size_schedule.start_tokens={start} does not double up to data.total_batch_tokens="
+            f"{total_batch_tokens}: set it to one of {halves}"
         )
     stages = [Stage(0, 0, start)]
-    for k in range(1, doublings + 1):
+    for size in sizes[1:]:
         step, token, step_tokens = stages[-1]
-        # where the line from start_tokens at 0 to total_batch_tokens at ramp_tokens passes start · 2^k
-        due = schedule.ramp_tokens * (((1 << k) - 1) / ((1 << doublings) - 1))
+        # tokens at which a line from (0, start) to (ramp_tokens, total_batch_tokens) reaches this size
+        due = schedule.ramp_tokens * ((size - start) / (total_batch_tokens - start))
         steps = max(0, math.ceil((due - token) / step_tokens))
-        stages.append(Stage(step + steps, token + steps * step_tokens, start << k))
+        stages.append(Stage(step + steps, token + steps * step_tokens, size))
     return stages
 
 
