@@ -1,1 +1,4 @@
-"""Tokens on disk to micro-batches: which sequences a step trains on, the shards, the LightningDataModule."""
+"""From token shards on disk to micro-batches: the training order, reading and writing shards, the LightningDataModule.
+
+``prepare/`` makes the shards from documents. Nothing here knows the network.
+"""

@@ -1,10 +1,12 @@
-"""Which windows a step trains on, and how many at a time: pure arithmetic, and the batch samplers that follow it.
+"""Which sequences a step trains on: pure arithmetic, and two batch samplers on top of it.
 
-The data is N windows of ``block_size`` tokens (and the one token after them). Sample n of a run is window n mod N of
-epoch n div N, so nothing is dropped between epochs and a step may straddle two. Step s takes samples [S(s), S(s+1)),
-where S(s) counts those before it: s · total_batch_tokens / block_size, or less after a batch-size schedule.
-Micro-batch m of rank r takes B of them from S(s) + (m·W + r)·B on. That is a matter of s alone, neither of the ranks W
-nor of the micro-batch B, the workers, or where a run was cut.
+A dataset holds N sequences of ``block_size`` tokens; each is read with the one token after it, its last target. A run
+numbers the sequences that it trains on 0, 1, 2, … without end: run index n is sequence n mod N of epoch n div N, so a
+step may straddle two epochs and nothing is dropped between them.
+
+Step s trains on the run indices [S(s), S(s + 1)), where S(s) = s · total_batch_tokens / block_size, or less after a
+batch-size schedule. Micro-batch m of rank r takes the B run indices from S(s) + (m · W + r) · B on. So what a step
+trains on depends on s alone, not on the number of ranks W, the micro-batch size B, or where the run was interrupted.
 """
 
 import math
@@ -19,55 +21,59 @@ from gpt2_lightning.errors import UserError
 Order = Literal["sequential", "shuffled"]
 
 AUTO_ON_CPU = 16
-"""The largest micro-batch that ``auto`` takes on a CPU, where a larger one is no faster; ``gpt2 validate``'s, too."""
+"""Largest micro-batch that ``micro_batch_size: auto`` chooses on a CPU, where larger ones are no faster."""
 
 
-def dataset_indices(samples: np.ndarray, shard_sequences: list[int], order: Order, seed: int) -> np.ndarray:
-    """Window numbers (n,) int64 of the sample numbers (n,) int64.
+def dataset_indices(run_indices: np.ndarray, shard_sequences: list[int], order: Order, seed: int) -> np.ndarray:
+    """Maps run indices (n,) int64 to the numbers of sequences in the dataset (n,) int64.
 
-    ``sequential`` reads the data front to back. ``shuffled`` permutes, anew in each epoch, the shards and the windows
-    inside each shard: neighbours in training stay neighbours on disk to within a shard.
+    ``sequential`` reads the dataset front to back in each epoch. ``shuffled`` permutes, differently in each epoch, the
+    shards and the sequences within each shard, so that training still reads one shard at a time.
 
     Args:
-        shard_sequences: how many windows begin in each shard; N is their sum.
-        seed: of the permutations; what it gives never changes with a library's version.
+        shard_sequences: number of sequences that start in each shard; their sum is N.
+        seed: of the permutations. They use no library's random generator, so they never change with a version.
     """
-    n_sequences = sum(shard_sequences)
-    epochs, places = np.divmod(samples, n_sequences)
-    if order == "sequential":
-        return places
     counts = np.asarray(shard_sequences)
+    epochs, positions = np.divmod(run_indices, counts.sum())
+    if order == "sequential":
+        return positions
     first_sequence = np.cumsum(counts) - counts  # of each shard
-    windows = np.empty_like(places)
+    indices = np.empty_like(positions)
     for epoch in np.unique(epochs):
         in_epoch = epochs == epoch
         key = hash64(hash64(np.uint64(seed)) + np.uint64(epoch))
-        shards = permute(np.arange(len(counts)), len(counts), key)  # the order in which this epoch reads them
-        ends = np.cumsum(counts[shards])
-        turn = np.searchsorted(ends, places[in_epoch], side="right")  # which of them each sample is in
-        shard = shards[turn]
-        inside = places[in_epoch] - (ends[turn] - counts[shard])
+        shard_order = permute(np.arange(len(counts)), len(counts), key)
+        ends = np.cumsum(counts[shard_order])  # position at which each shard of this epoch ends
+        turn = np.searchsorted(ends, positions[in_epoch], side="right")
+        shard = shard_order[turn]
+        offset = positions[in_epoch] - (ends[turn] - counts[shard])  # within the shard
         for k in np.unique(shard):
-            here = shard == k
-            inside[here] = permute(inside[here], int(counts[k]), hash64(key + np.uint64(k)))
-        windows[in_epoch] = first_sequence[shard] + inside
-    return windows
+            in_shard = shard == k
+            offset[in_shard] = permute(offset[in_shard], int(counts[k]), hash64(key + np.uint64(k)))
+        indices[in_epoch] = first_sequence[shard] + offset
+    return indices
 
 
 def sequences_per_shard(lengths: Sequence[int], block_size: int) -> list[int]:
-    """How many windows begin in each shard of ``lengths`` tokens; the last token of all is only ever a target."""
+    """Number of sequences that start in each shard, for shards of ``lengths`` tokens that are read as one stream.
+
+    A sequence may continue in the next shard. It needs ``block_size + 1`` tokens, the last of which the next one starts
+    with, so the last token of the stream is only ever a target.
+    """
     n_sequences = max(0, (sum(lengths) - 1) // block_size)
-    ends = np.minimum(-(-np.cumsum(lengths) // block_size), n_sequences)
+    ends = np.minimum(-(-np.cumsum(lengths) // block_size), n_sequences)  # sequences that start before a shard's end
     return np.diff(ends, prepend=0).tolist()
 
 
 def permute(i: np.ndarray, n: int, key: np.uint64) -> np.ndarray:
-    """Where a pseudo-random permutation of 0 … n-1 puts each of ``i``: any place can be asked for without the others.
+    """Images of ``i``, int64, under a pseudo-random permutation of 0 … n - 1 that ``key`` chooses.
 
-    A Feistel network of four rounds on the next power of four, walked until the result falls below n (Black & Rogaway
-    2002, "Ciphers with arbitrary finite domains").
+    Each image is computed on its own, in O(1) memory: a Feistel network of four rounds permutes 0 … 4^k - 1 for the
+    smallest 4^k >= n, and is applied again until the result is below n (cycle walking: Black & Rogaway 2002, "Ciphers
+    with Arbitrary Finite Domains").
     """
-    half = np.uint64(max(1, (int(n - 1).bit_length() + 1) // 2))
+    half = np.uint64(max(1, (int(n - 1).bit_length() + 1) // 2))  # bits of each half of the block
     mask = (np.uint64(1) << half) - np.uint64(1)
     x = i.astype(np.uint64)
     todo = np.ones(len(x), dtype=bool)
@@ -81,8 +87,8 @@ def permute(i: np.ndarray, n: int, key: np.uint64) -> np.ndarray:
 
 
 def hash64(x: Any) -> Any:
-    """splitmix64's finaliser (Steele et al. 2014) of one or many uint64: a bijection that scatters neighbours."""
-    with np.errstate(over="ignore"):
+    """splitmix64's finalizer (Steele et al. 2014), elementwise on uint64: a bijection that scatters neighbours."""
+    with np.errstate(over="ignore"):  # arithmetic modulo 2^64
         x = x + np.uint64(0x9E3779B97F4A7C15)
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -90,15 +96,15 @@ def hash64(x: Any) -> Any:
 
 
 class StepBatchSampler(Sampler[list[int]]):
-    """Sample numbers of one rank's micro-batches, from ``start_step`` to ``max_steps``.
-
-    Its length is that of the whole run, wherever it starts: Lightning counts batches from step 0 on.
+    """Run indices of one rank's micro-batches, from step ``start_step`` to ``max_steps``.
 
     Args:
-        sequences_before: step → sequences before it; what a step takes is a multiple of accumulate · world_size.
-        accumulate: micro-batches of each rank in a step. Where steps grow, the micro-batches grow, not their number.
+        sequences_before: S(s), the number of sequences before step s. S(s + 1) - S(s) is a multiple of
+            accumulate · world_size.
+        accumulate: micro-batches per rank and step. Where a batch-size schedule makes steps larger, the micro-batches
+            grow, not their number.
         max_steps: optimizer steps of the whole run.
-        start_step: optimizer steps that a resumed run has behind it.
+        start_step: optimizer steps done before a resume.
     """
 
     def __init__(
@@ -118,7 +124,9 @@ class StepBatchSampler(Sampler[list[int]]):
         self.world_size = world_size
 
     def __len__(self) -> int:
-        return self.max_steps * self.accumulate
+        return (
+            self.max_steps * self.accumulate
+        )  # of the whole run: Lightning counts batches from step 0, also on resume
 
     def __iter__(self) -> Iterator[list[int]]:
         for step in range(self.start_step, self.max_steps):
@@ -131,11 +139,11 @@ class StepBatchSampler(Sampler[list[int]]):
 
 
 class EvalBatchSampler(Sampler[list[int]]):
-    """Windows 0 … n_sequences - 1 in batches, dealt out to the ranks in turn: none is padded, none is seen twice."""
+    """One rank's batches of the sequences 0 … n_sequences - 1. Each sequence is in exactly one batch; no padding."""
 
     def __init__(self, n_sequences: int, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
-        self.batches = [range(i, min(i + batch_size, n_sequences)) for i in range(0, n_sequences, batch_size)]
-        self.batches = self.batches[rank::world_size]
+        batches = [range(i, min(i + batch_size, n_sequences)) for i in range(0, n_sequences, batch_size)]
+        self.batches = batches[rank::world_size]
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -145,61 +153,49 @@ class EvalBatchSampler(Sampler[list[int]]):
 
 
 def micro_batch_sizes(total_batch_tokens: int, block_size: int, world_size: int, start_tokens: int) -> list[int]:
-    """All micro-batch sizes that divide a step into whole micro-batches per device, in rising order.
+    """All micro-batch sizes, in sequences and rising, that divide a step into whole micro-batches on each device.
 
-    In the steps of ``start_tokens`` that a batch-size schedule begins with, the micro-batch is smaller in proportion,
-    and a whole number as well.
+    ``start_tokens`` is the size of the first step, smaller than ``total_batch_tokens`` under a batch-size schedule.
+    Micro-batches are smaller there by the same factor, and have to be whole there as well.
 
     Raises:
-        ValueError: no micro-batch does.
+        UserError: no size divides the step.
     """
-    per_rank, rest = divmod(start_tokens, block_size * world_size)
+    per_rank, rest = divmod(start_tokens, block_size * world_size)  # sequences of the first step on each device
     if rest or per_rank == 0:
         name = "total_batch_tokens" if start_tokens == total_batch_tokens else "batch_size_schedule.start_tokens"
         raise UserError(
-            f"data.{name}={start_tokens} is not a multiple of block_size {block_size} on "
-            f"{devices(world_size)}: set it to a multiple of {block_size * world_size}"
+            f"data.{name}={start_tokens} is not a multiple of block_size {block_size} on {devices(world_size)}: "
+            f"set it to a multiple of {block_size * world_size}"
         )
-    if total_batch_tokens >= 2**40:
-        raise UserError(f"data.total_batch_tokens={total_batch_tokens} is more than any step can take: lower it")
     growth = total_batch_tokens // start_tokens
     divisors = [b for b in range(1, math.isqrt(per_rank) + 1) if per_rank % b == 0]
     return sorted({b * growth for divisor in divisors for b in (divisor, per_rank // divisor)})
 
 
 def accumulation(
-    total_batch_tokens: int,
-    micro_batch_size: int,
-    block_size: int,
-    world_size: int,
-    typed: int = 1,
-    start_tokens: int | None = None,
+    total_batch_tokens: int, micro_batch_size: int, block_size: int, world_size: int, start_tokens: int | None = None
 ) -> int:
-    """Micro-batches per rank that make up one optimizer step of exactly ``total_batch_tokens``.
+    """Micro-batches per rank in one optimizer step of exactly ``total_batch_tokens``.
 
-    ``typed`` is the user's own ``trainer.accumulate_grad_batches``; 1 stands for not given. ``start_tokens`` are those
-    of a batch-size schedule's first step.
+    ``start_tokens`` is the size of the first step under a batch-size schedule.
 
     Raises:
-        ValueError: the step does not divide, with the micro-batches that would do; or ``typed`` disagrees.
+        UserError: the step does not divide; the message lists the micro-batch sizes that do.
     """
-    would_do = micro_batch_sizes(total_batch_tokens, block_size, world_size, start_tokens or total_batch_tokens)
-    if micro_batch_size not in would_do:
+    start_tokens = start_tokens or total_batch_tokens
+    sizes = micro_batch_sizes(total_batch_tokens, block_size, world_size, start_tokens)
+    if micro_batch_size not in sizes:
+        step = f"data.total_batch_tokens={total_batch_tokens}"
+        if start_tokens != total_batch_tokens:
+            step += f" (first steps: {start_tokens})"
         raise UserError(
-            f"data.total_batch_tokens={total_batch_tokens} "
-            f"{f'from {start_tokens} on ' if start_tokens not in (None, total_batch_tokens) else ''}"
-            f"is not a whole number of micro-batches of {micro_batch_size} sequences of {block_size} on "
-            f"{devices(world_size)}: set data.micro_batch_size to one of {would_do}, or to auto"
+            f"{step} is not a whole number of micro-batches of {micro_batch_size} sequences of {block_size} tokens on "
+            f"{devices(world_size)}: set data.micro_batch_size to one of {sizes}, or to auto"
         )
-    derived = total_batch_tokens // (micro_batch_size * block_size * world_size)
-    if typed not in (1, derived):
-        raise UserError(
-            f"trainer.accumulate_grad_batches={typed} disagrees with data.total_batch_tokens={total_batch_tokens}, "
-            f"which takes {derived} micro-batches on {devices(world_size)}: leave it out, it is derived"
-        )
-    return derived
+    return total_batch_tokens // (micro_batch_size * block_size * world_size)
 
 
 def devices(world_size: int) -> str:
-    """``1 device``, ``2 devices``: in sentences."""
+    """``1 device`` or ``2 devices``, for messages."""
     return f"{world_size} device{'s' if world_size > 1 else ''}"
