@@ -5,6 +5,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 
@@ -17,10 +18,7 @@ VAL_EVERY = 100
 """Documents 0, 100, 200 … are held out (of any source but FineWeb-EDU), so that two documents fill both splits."""
 PENDING_CHUNKS = 64  # ≈ 16 MB of text: keeps the threads busy while a shard is hashed and synced to disk
 
-# A very long run of white space overflows the tokenizer's regex. The regex itself ends a piece before the last
-# character of such a run, so cutting the text there does not change the tokens.
-_WHITE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
-_LONG_RUN_END = re.compile(f"(?<=[{_WHITE}]{{1000}})(?=[{_WHITE}][^{_WHITE}])")
+_LONG_WHITE_SPACE = re.compile(r"[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]{1000,}+")
 
 
 def encode_document(text: str) -> np.ndarray:
@@ -28,9 +26,20 @@ def encode_document(text: str) -> np.ndarray:
     tokenizer = get_tokenizer()
     try:
         pieces = [tokenizer.encode_to_numpy(text, disallowed_special=())]
-    except ValueError:
-        pieces = [tokenizer.encode_to_numpy(part, disallowed_special=()) for part in _LONG_RUN_END.split(text)]
+    except ValueError:  # a run of a million white space characters overflows the tokenizer's regex
+        parts = split_long_white_space(text)
+        pieces = [tokenizer.encode_to_numpy(part, disallowed_special=()) for part in parts]
     return np.concatenate([np.array([END_OF_TEXT]), *pieces], dtype=np.uint16, casting="unsafe")
+
+
+def split_long_white_space(text: str) -> list[str]:
+    """Splits a text before the last character of each long run of white space, unless the run ends the text.
+
+    The tokenizer's regex itself ends a piece there, so the tokens of the parts are the tokens of the text.
+    """
+    ends = [match.end() for match in _LONG_WHITE_SPACE.finditer(text)]
+    cuts = [end - 1 for end in ends if end < len(text)]
+    return [text[start:end] for start, end in pairwise([0, *cuts, len(text)])]
 
 
 @dataclass
