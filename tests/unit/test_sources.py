@@ -86,12 +86,6 @@ def test_reading_resumes_after_any_chunk(tmp_path: Path, monkeypatch: pytest.Mon
         assert read_all(source, chunk.end) == everything[3 * number :]
 
 
-def test_a_long_document_ends_its_chunk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "CHUNK_CHARACTERS", 10)
-    source = open_source(write_parquet(tmp_path / "a.parquet", ["x" * 25, "y", "z" * 9, "end"]))
-    assert [len(chunk.documents) for chunk in source.read(None)] == [1, 2, 1]
-
-
 def test_globs_are_sorted_and_lists_keep_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for name in "bca":
@@ -103,17 +97,6 @@ def test_globs_are_sorted_and_lists_keep_their_order(tmp_path: Path, monkeypatch
     assert (open_source("a.txt").label, open_source("[a-c].txt").label) == ("a", "corpus")
 
 
-def test_identity_depends_on_the_content_and_not_on_the_folder(tmp_path: Path) -> None:
-    def identity(folder: str, content: bytes) -> dict[str, Any]:
-        (tmp_path / folder).mkdir()
-        return open_source(write_file(tmp_path / folder / "a.txt", content)).identity()
-
-    one = identity("one", b"text")
-    assert one | {"sha256": ""} == {"source": "a.txt", "files": 1, "bytes": 4, "sha256": ""}
-    assert identity("two", b"text") == one
-    assert identity("three", b"texT")["sha256"] != one["sha256"]
-
-
 def test_stdlib_is_the_library_of_this_python_without_its_tests() -> None:
     source = open_source("stdlib")
     assert isinstance(source, FileSource)
@@ -123,7 +106,7 @@ def test_stdlib_is_the_library_of_this_python_without_its_tests() -> None:
     assert {"argparse.py", "json/decoder.py", "asyncio/tasks.py", "tokenize.py"} <= set(names)
     assert not [name for name in names if {"test", "tests", "idle_test", "site-packages"} & set(name.split("/")[:-1])]
     assert sum(path.stat().st_size for path in source.paths) > 8_000_000  # ≈ 12 MB in CPython 3.11 to 3.14
-    assert source.identity()["python"].startswith("3.")
+    assert source.identity().keys() == {"source", "python", "files", "bytes", "sha256"}
     assert next(iter(source.read(None))).documents[0] == source.paths[0].read_text()
 
 
@@ -136,43 +119,40 @@ def test_manifests_name_sources_without_aliases_and_folders() -> None:
     assert canonical_name(["/a/x.txt", "b/y.parquet"], None) == (["x.txt", "y.parquet"], None)
 
 
-def damaged_parquet(kind: str) -> bytes:
+def parquet_bytes(column: str, values: list[Any]) -> bytes:
     buffer = pa.BufferOutputStream()
-    pq.write_table(pa.table({"text": [str(i) * 100 for i in range(1000)]}), buffer, row_group_size=100)
-    content = buffer.getvalue().to_pybytes()
-    middle = len(content) // 2
-    return content[:middle] if kind == "cut" else content[:middle] + bytes(300) + content[middle + 300 :]
+    pq.write_table(pa.table({column: values}), buffer, row_group_size=100)
+    return buffer.getvalue().to_pybytes()
+
+
+PARQUET = parquet_bytes("text", [str(i) * 100 for i in range(1000)])
+MIDDLE = len(PARQUET) // 2
 
 
 @pytest.mark.parametrize(
     ("name", "content", "reason"),
     [
-        ("a.jsonl", b'{"text": "x"}\n{"text": \n', r"a\.jsonl line 2 is not JSON"),
-        ("a.jsonl", b'\n{"body": "x"}\n', r"a\.jsonl line 2 has no 'text': set --text_column to one of body"),
-        ("a.jsonl", b'["x"]\n', r"a\.jsonl line 1 is not an object"),
-        ("a.jsonl", b'{"text": 3}\n', r"a\.jsonl line 1 has int under 'text', not text"),
-        ("a.jsonl.gz", gzip.compress(LINES)[:-9], r"a\.jsonl\.gz is damaged after line"),
-        ("a.jsonl.gz", LINES, r"a\.jsonl\.gz is damaged after line 0"),
-        ("a.jsonl.xz", lzma.compress(LINES)[:-9], r"a\.jsonl\.xz is damaged after line"),
-        ("a.parquet", b"PAR1 and no more", r"a\.parquet is not a whole parquet file"),
-        ("a.parquet", damaged_parquet("cut"), r"a\.parquet is not a whole parquet file"),
-        ("a.parquet", damaged_parquet("pages"), r"a\.parquet is not a whole parquet file"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": \n', "line 2 is not JSON"),
+        ("a.jsonl", b'\n{"body": "x"}\n', "line 2 has no 'text': set --text_column to one of body"),
+        ("a.jsonl", b'["x"]\n', "line 1 is not an object"),
+        ("a.jsonl", b'{"text": 3}\n', "line 1 has int under 'text', not text"),
+        ("a.jsonl.gz", gzip.compress(LINES)[:-9], "is damaged after line"),
+        ("a.jsonl.gz", LINES, "is damaged after line 0"),
+        ("a.jsonl.xz", lzma.compress(LINES)[:-9], "is damaged after line"),
+        ("a.parquet", parquet_bytes("body", ["x"]), "has no column 'text': set --text_column to one of body"),
+        ("a.parquet", parquet_bytes("text", [3]), "has int64 in column 'text', not text"),
+        ("a.parquet", b"PAR1 and no more", "is not a whole parquet file"),
+        ("a.parquet", PARQUET[:MIDDLE], "is not a whole parquet file"),
+        ("a.parquet", PARQUET[:MIDDLE] + bytes(300) + PARQUET[MIDDLE + 300 :], "is not a whole parquet file"),
     ],
 )
 def test_the_message_for_a_damaged_file_names_it_and_the_line(
     tmp_path: Path, name: str, content: bytes, reason: str
 ) -> None:
-    with pytest.raises(ValueError, match=reason) as error:
-        read_all(open_source(write_file(tmp_path / name, content)))
+    path = write_file(tmp_path / name, content)
+    with pytest.raises(ValueError, match=f"^{path} {reason}") as error:
+        read_all(open_source(path))
     assert "\n" not in str(error.value)
-
-
-def test_a_parquet_column_must_exist_and_be_text(tmp_path: Path) -> None:
-    path = write_parquet(tmp_path / "a.parquet", ["x"])
-    with pytest.raises(ValueError, match=r"a\.parquet has no column 'body': set --text_column to one of id, text"):
-        read_all(open_source(path, text_column="body"))
-    with pytest.raises(ValueError, match=r"a\.parquet has int64 in column 'id', not text"):
-        read_all(open_source(path, text_column="id"))
 
 
 @pytest.mark.parametrize(

@@ -81,10 +81,9 @@ def _read_parquet(path: Path, text_column: str, start: int) -> Iterator[tuple[Do
     with open_file(path) as raw:
         try:
             file = parquet.ParquetFile(raw)
-            require_text_column(path, text_column, file.schema_arrow)
-            number = 0
+            columns, number = file.schema_arrow.names, 0
             for batch in file.iter_batches(64, columns=[text_column], use_threads=False):
-                for text in column_documents(batch.column(0)):
+                for text in column_documents(path, text_column, columns, batch):
                     number += 1
                     if number > start:
                         yield text, number / file.metadata.num_rows
@@ -92,22 +91,19 @@ def _read_parquet(path: Path, text_column: str, start: int) -> Iterator[tuple[Do
             raise UserError(f"{path} is not a whole parquet file ({first_line(error)}): download it again") from error
 
 
-def require_text_column(where: object, text_column: str, schema: Any) -> None:
-    """Raises ``UserError`` unless an Arrow schema has a text column of that name."""
+def column_documents(where: object, text_column: str, columns: list[str], table: Any) -> list[Document]:
+    """The documents in an Arrow table or batch. They are read as bytes: Arrow does not check that they are UTF-8."""
     import pyarrow as pa
 
-    if text_column not in schema.names:
-        raise UserError(f"{where} has no column {text_column!r}: set --text_column to one of {', '.join(schema.names)}")
-    kind = schema.field(text_column).type
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
-        raise UserError(f"{where} has {kind} in column {text_column!r}, not text: set --text_column to another column")
-
-
-def column_documents(column: Any) -> list[Document]:
-    """The texts of an Arrow column. They are read as bytes because Arrow does not check that they are UTF-8."""
-    import pyarrow as pa
-
-    contents = column.cast(pa.large_binary()).to_pylist()
+    if text_column not in columns:
+        raise UserError(f"{where} has no column {text_column!r}: set --text_column to one of {', '.join(columns)}")
+    column = table.column(text_column)
+    try:
+        contents = column.cast(pa.large_binary()).to_pylist()
+    except pa.ArrowNotImplementedError as error:
+        raise UserError(
+            f"{where} has {column.type} in column {text_column!r}, not text: set --text_column to another column"
+        ) from error
     return [None if content is None else content.decode("utf-8", "surrogateescape") for content in contents]
 
 

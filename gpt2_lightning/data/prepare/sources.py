@@ -22,7 +22,6 @@ from gpt2_lightning.data.prepare.documents import (
     first_line,
     open_file,
     read_documents,
-    require_text_column,
 )
 from gpt2_lightning.errors import UserError
 
@@ -265,8 +264,7 @@ class HubSource:
         for index in range(file, files):
             skip, end = (document if index == file else 0), 0
             for table in self.dataset.shard(files, index).with_format("arrow").iter(batch_size=256):
-                require_text_column(self.repo, self.text_column, table.schema)
-                for text in column_documents(table.column(self.text_column)):
+                for text in column_documents(self.repo, self.text_column, table.column_names, table):
                     end += 1
                     if end > skip:
                         total += 1

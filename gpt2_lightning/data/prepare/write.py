@@ -3,13 +3,13 @@
 The caller's thread reads documents and writes shards; a pool of threads tokenizes in between (tiktoken releases the
 GIL).
 
-How a preparation resumes: after each batch of documents that completes a shard, it writes the tokens of the two
-unfinished shards, train and val, to hidden files (`.partial_NAME`), and then a manifest that lists the finished shards,
-the position in the source after the batch, and how many tokens of each hidden file belong to that position. A run that
-is killed between two manifests repeats the work since the last one. It overwrites whole shards with the same bytes, and
-the hidden files, which the next checkpoint only makes longer, still begin with the tokens of the last manifest. The
-train file holds the rest of one batch. The val file can grow to a whole shard, because one document in 100 is val; to
-write it anew costs about 0.1 s for each train shard of 100M tokens, which takes 33 s of one core to tokenize.
+How it resumes. A batch of documents that completes a shard is followed by a checkpoint: the tokens of the unfinished
+train and val shard are written to hidden files (`.partial_NAME`), then the manifest, which lists the finished shards,
+the position in the source after the batch, and the length of each hidden file. Each file is written atomically. A run
+that was killed starts at the last manifest. Shards that were finished after it are written again, with the same bytes.
+Hidden files that were written after it are longer than it says, but begin with the same tokens. The hidden train file
+holds the rest of one batch. The hidden val file grows up to a whole shard, because one document in 100 is val; writing
+it takes about 0.1 s for each train shard of 100M tokens, which takes 33 s of one core to tokenize.
 """
 
 import contextlib
@@ -102,7 +102,7 @@ def prepare(
             with contextlib.suppress(OSError):  # no permission, or (Windows) another process has it open
                 leftover.unlink()
         check_sizes(out)
-        size = local_bytes(source)  # the source may be gone, but must not have changed
+        size = local_bytes(source)  # local files may have been deleted since, but must not have changed
         if size is not None:
             _require_equal(out, manifest.source, {"bytes": size})
         return manifest
@@ -115,10 +115,10 @@ def prepare(
 
 
 def ensure_prepared(source: str | list[str], root: Path) -> None:
-    """Prepares ``source`` into ``root`` if it is not there yet, as `fit` needs it.
+    """Prepares ``source`` into ``root`` unless it is there already; `fit` calls it before it reads ``root``.
 
-    Published shards (without a manifest) are used as they are. A folder that was prepared with other shard lengths,
-    formats or columns keeps them. Errors as in `prepare`.
+    Published shards (without a manifest) are used as they are. A folder that was prepared before keeps its shard
+    length, format and columns. Errors as in `prepare`.
     """
     manifest = read_manifest(root)
     if manifest is None:
@@ -142,7 +142,7 @@ def _read_matching_manifest(out: Path, options: dict[str, Any]) -> Manifest | No
         return None
     if manifest is None:
         raise UserError(f"{out} holds shards without a manifest, which cannot be added to: choose another --out")
-    if options["revision"] in (None, manifest.source.get("revision")):  # the commit itself is as good as its name
+    if options["revision"] in (None, manifest.source.get("revision")):  # no revision, or the commit that was found
         options = options | {"revision": manifest.options["revision"]}
     _require_equal(out, manifest.options, options)
     return manifest
@@ -181,6 +181,8 @@ class ShardWriter:
         self.shard, self.filled = shard, 0
         self.buffer = np.empty(options["shard_tokens"], dtype=np.uint16)  # memory is allocated as it is filled
         if tokens:
+            if not self._partial.exists():
+                raise UserError(f"{self._partial} is missing: delete the folder {root} and prepare it again")
             self.add(open_shard(self._partial)[:tokens])
 
     @property
@@ -260,7 +262,7 @@ def _write_shards(
             f"{options['source']} has no text ({documents['null']} null and {documents['empty']} empty documents): "
             "choose another --source"
         )
-    if train.shard + bool(train.filled) < 2:  # shard 0 of FineWeb-EDU is val
+    if train.shard == 0 or (train.shard == 1 and train.filled == 0):  # all tokens are in shard 0, which is val
         raise UserError(
             f"{options['source']} has only {tokens} tokens, too few for a val and a train shard: lower --shard_tokens"
         )
