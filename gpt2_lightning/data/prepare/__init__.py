@@ -1,1 +1,1 @@
-"""Documents to token shards: where they come from, how they are read, encoded and written."""
+"""Turns documents into token shards: where documents come from, how they are read, encoded and written."""

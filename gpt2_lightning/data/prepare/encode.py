@@ -1,122 +1,134 @@
-"""Documents to tokens: cleaned, numbered, split into train and val, and encoded by a pool of threads, in order."""
+"""Turns documents into tokens: cleans and numbers them, splits them into train and val, and encodes them in threads."""
 
 import re
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 
-from gpt2_lightning.data.prepare.sources import CHUNK_BYTES, Chunk, Cursor
+from gpt2_lightning.data.prepare.sources import CHUNK_CHARACTERS, Chunk, Cursor
 from gpt2_lightning.tokenizer import END_OF_TEXT, get_tokenizer
 
 COUNTED = ("kept", "null", "empty", "replaced")
-"""What becomes of documents."""
+"""What the manifest counts: documents kept, skipped as null or empty, and kept with U+FFFD for what was not UTF-8."""
 VAL_EVERY = 100
-"""Of any source but FineWeb-EDU, documents 0, 100, 200 … are held out: two documents make two splits."""
-IN_FLIGHT_CHUNKS = 64  # ≈ 16 MB of text ahead of the writer: the tokenizer goes on while a shard is hashed and synced
+"""Documents 0, 100, 200 … are held out (of any source but FineWeb-EDU), so that two documents fill both splits."""
+PENDING_CHUNKS = 64  # ≈ 16 MB of text: keeps the threads busy while a shard is hashed and synced to disk
 
-# A run of white space that is very long overflows the tokenizer's regex. The regex itself would end a piece before the
-# last character of such a run, so that cutting there gives the same tokens.
-_WHITE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
-_LONG_RUN_END = re.compile(f"(?<=[{_WHITE}]{{1000}})(?=[{_WHITE}][^{_WHITE}])")
+_LONG_WHITE_SPACE = re.compile(r"[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]{1000,}+")
 
 
-def encode(text: str) -> np.ndarray:
-    """A document's tokens, uint16: ``<|endoftext|>``, then the text. Special tokens spelt in the text stay text."""
+def encode_document(text: str) -> np.ndarray:
+    """Returns ``<|endoftext|>`` and the tokens of ``text``, uint16. Special tokens spelled in the text stay text."""
     tokenizer = get_tokenizer()
     try:
         pieces = [tokenizer.encode_to_numpy(text, disallowed_special=())]
-    except ValueError:
-        pieces = [tokenizer.encode_to_numpy(part, disallowed_special=()) for part in _LONG_RUN_END.split(text)]
+    except ValueError:  # a run of a million white space characters overflows the tokenizer's regex
+        parts = split_long_white_space(text)
+        pieces = [tokenizer.encode_to_numpy(part, disallowed_special=()) for part in parts]
     return np.concatenate([np.array([END_OF_TEXT]), *pieces], dtype=np.uint16, casting="unsafe")
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Documents that go through the tokenizer together."""
+def split_long_white_space(text: str) -> list[str]:
+    """Splits a text before the last character of each long run of white space, unless the run ends the text.
 
-    begin: Cursor
-    texts: list[str]
-    counts: dict[str, int]
-    """What became of the documents: kept, null, empty, replaced."""
+    The tokenizer's regex itself ends a piece there, so the tokens of the parts are the tokens of the text.
+    """
+    ends = [match.end() for match in _LONG_WHITE_SPACE.finditer(text)]
+    cuts = [end - 1 for end in ends if end < len(text)]
+    return [text[start:end] for start, end in pairwise([0, *cuts, len(text)])]
+
+
+@dataclass
+class DocumentBatch:
+    """Cleaned documents that one thread encodes together."""
+
     first: int
-    """Number of the first one among all documents that are kept."""
-    progress: float | None
+    """Number of the first document, among all documents that are kept."""
+    texts: list[str] = field(default_factory=list)
+    counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(COUNTED, 0))
+    end: Cursor | None = None
+    """The position in the source after the last document."""
+    progress: float | None = None
+    """Fraction of the source read by then, if known."""
 
     @property
-    def characters(self) -> int:
-        return sum(map(len, self.texts))
+    def next(self) -> int:
+        return self.first + len(self.texts)
+
+    def add(self, chunk: Chunk) -> None:
+        for text in chunk.documents:
+            if text is None:
+                self.counts["null"] += 1
+            elif not text or text.isspace():
+                self.counts["empty"] += 1
+            else:
+                valid = replace_surrogates(text)
+                self.texts.append(valid)
+                self.counts["kept"] += 1
+                self.counts["replaced"] += valid != text
+        self.end, self.progress = chunk.end, chunk.progress
 
 
-def _clean(chunk: Chunk, first: int) -> Batch:
-    texts, counts = [], dict.fromkeys(COUNTED, 0)
-    for value in chunk.values:
-        text = value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else value
-        if text is None or not text or text.isspace():
-            counts["null" if text is None else "empty"] += 1
-            continue
-        if not text.isascii():
-            try:
-                text.encode()
-            except UnicodeEncodeError:  # what is not UTF-8, or a lone surrogate that JSON spelt out
-                text = re.sub("[\ud800-\udfff]", "\ufffd", text)
-                counts["replaced"] += 1
-        texts.append(text)
-    counts["kept"] = len(texts)
-    return Batch(chunk.begin, texts, counts, first, chunk.progress)
+def replace_surrogates(text: str) -> str:
+    """Replaces lone surrogates, which stand for bytes that are not UTF-8 or were escaped in JSON, by U+FFFD."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return re.sub("[\ud800-\udfff]", "\ufffd", text)
+    return text
 
 
-def batches_of(chunks: Iterator[Chunk], first: int) -> Iterator[Batch]:
-    """The chunks' documents, cleaned and numbered from ``first`` on; the first two documents come in one batch."""
-    held: Batch | None = None
+def batch_documents(chunks: Iterator[Chunk], first: int) -> Iterator[DocumentBatch]:
+    """Yields a batch for each chunk, numbering documents from ``first``.
+
+    The first two documents come in one batch: an only document is split otherwise than the first of several.
+    """
+    batch = DocumentBatch(first)
     for chunk in chunks:
-        batch = _clean(chunk, first)
-        if held:
-            batch = replace(
-                batch, begin=held.begin, texts=held.texts + batch.texts, counts=add_counts(held.counts, batch.counts)
-            )
-        held = batch if first + len(batch.texts) < 2 else None
-        if not held:
+        batch.add(chunk)
+        if batch.next >= 2:
             yield batch
-            first += len(batch.texts)
-    if held:
-        yield held
+            batch = DocumentBatch(batch.next)
+    if batch.end is not None:
+        yield batch
 
 
-def add_counts(a: dict[str, int], b: dict[str, int]) -> dict[str, int]:
-    return {key: a[key] + b[key] for key in a}
+def encode_batch(batch: DocumentBatch, hold_out: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the train and the val tokens of a batch, uint16.
 
-
-def _tokenize(batch: Batch, hold_out: bool) -> tuple[np.ndarray, np.ndarray]:
-    """The batch's train and val tokens. With ``hold_out`` every 100th document is val, or the end of the only one."""
-    documents = [encode(text) for text in batch.texts]
-    val = [hold_out and number % VAL_EVERY == 0 for number in range(batch.first, batch.first + len(documents))]
+    With ``hold_out``, every 100th document is val, or the last tenth of the tokens if there is only one document.
+    """
+    documents = [encode_document(text) for text in batch.texts]
     if hold_out and batch.first == 0 and len(documents) == 1:
         cut = len(documents[0]) * 9 // 10
-        documents, val = [documents[0][:cut], documents[0][cut:]], [False, True]
-    empty = np.empty(0, dtype=np.uint16)
-    return (
-        np.concatenate([empty, *(tokens for tokens, held_out in zip(documents, val, strict=True) if not held_out)]),
-        np.concatenate([empty, *(tokens for tokens, held_out in zip(documents, val, strict=True) if held_out)]),
-    )
+        return documents[0][:cut], documents[0][cut:]
+    train, val = [np.empty(0, dtype=np.uint16)], [np.empty(0, dtype=np.uint16)]
+    for number, tokens in enumerate(documents, batch.first):
+        (val if hold_out and number % VAL_EVERY == 0 else train).append(tokens)
+    return np.concatenate(train), np.concatenate(val)
 
 
-def tokenized(batches: Iterator[Batch], hold_out: bool, workers: int) -> Iterator[tuple[Batch, np.ndarray, np.ndarray]]:
-    """The batches in their order with their tokens, some of them ahead of time."""
-    pending: deque[tuple[Batch, Future[tuple[np.ndarray, np.ndarray]]]] = deque()
-    limit, in_flight = max(IN_FLIGHT_CHUNKS, 2 * workers) * CHUNK_BYTES, 0  # characters: documents may be huge
-    with ThreadPoolExecutor(workers, thread_name_prefix="tokenize") as pool:
+def encode_batches(
+    batches: Iterator[DocumentBatch], hold_out: bool, workers: int
+) -> Iterator[tuple[DocumentBatch, np.ndarray, np.ndarray]]:
+    """Yields the batches in order with their train and val tokens, while ``workers`` threads encode ahead."""
+    pending: deque[tuple[DocumentBatch, int, Future[tuple[np.ndarray, np.ndarray]]]] = deque()
+    room = max(PENDING_CHUNKS, 2 * workers) * CHUNK_CHARACTERS  # in characters, because a document may be huge
+    with ThreadPoolExecutor(workers) as pool:
         try:
             for batch in batches:
-                pending.append((batch, pool.submit(_tokenize, batch, hold_out)))
-                in_flight += batch.characters
-                while in_flight > limit:
-                    batch, tokens = pending.popleft()
-                    in_flight -= batch.characters
+                size = sum(map(len, batch.texts))
+                pending.append((batch, size, pool.submit(encode_batch, batch, hold_out)))
+                room -= size
+                while room < 0:
+                    batch, size, tokens = pending.popleft()
+                    room += size
                     yield batch, *tokens.result()
-            for batch, tokens in pending:
+            for batch, _, tokens in pending:
                 yield batch, *tokens.result()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)

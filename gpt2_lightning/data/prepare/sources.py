@@ -1,132 +1,120 @@
-"""Documents in: the standard library, local files, hub datasets, each read from any point on, in one fixed order.
+"""Where documents come from: the standard library, local files, or a dataset on the Hugging Face hub.
 
-A source delivers `Chunk`s of raw documents. Every chunk knows the place where it begins, and `read` goes on from any
-such place, so that a preparation which was cut continues where its last whole shard ended.
+A source yields `Chunk`s of documents in one fixed order, and can start at any position between two chunks.
 """
 
 import glob
 import hashlib
 import platform
-import queue
 import re
 import sys
 import sysconfig
-import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from gpt2_lightning.data.prepare.documents import (
     SUFFIXES,
-    Value,
-    file_records,
+    Document,
+    column_documents,
     first_line,
     open_file,
-    require_text,
-    texts,
+    read_documents,
 )
 from gpt2_lightning.errors import UserError
 
 Cursor = dict[str, int]
-"""A place between two documents, as JSON: the file's number and how many of its records lie before it."""
-Record = tuple[Value, Cursor, float | None]
-"""A document, the place after it, and the part of the whole source (0 to 1) that is read by then, where it is known."""
+"""A position between two documents, as JSON: the number of the file, and of the next document in it."""
 
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
-FINEWEB_EDU_DOCUMENTS = {"sample-10BT": 9_672_101}  # the hub's count; it only feeds the estimate of the time left
-CHUNK_BYTES = 1 << 18  # ≈ 60k tokens: long enough to outweigh a thread's hand-over, short enough to share out evenly
-CHUNK_RECORDS = 1024
-READ_AHEAD_CHUNKS = 8
-OUTAGE_SECONDS = 20 * 60.0  # how long the hub may fail without one document between before we give up
-DAMAGE_SECONDS = 60.0  # the same where bytes make no sense: a cut transfer comes right, a file that is wrong does not
-FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds between tries, doubled each time
+FINEWEB_EDU_DOCUMENTS = {"sample-10BT": 9_672_101}  # the hub's count, for the progress bar only
+CHUNK_CHARACTERS = 1 << 18  # ≈ 60k tokens: much more work than handing it to a thread, little enough to share evenly
+CHUNK_DOCUMENTS = 1024
+OUTAGE_SECONDS = 20 * 60.0  # how long the hub may fail without yielding one document before we give up
+DAMAGE_SECONDS = 60.0  # the same for data that cannot be decoded: a broken transfer recovers, a broken file does not
+FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds between attempts, doubled each time
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Some documents in a row."""
+    """Consecutive documents."""
 
-    begin: Cursor
+    documents: list[Document]
     end: Cursor
-    values: list[Value]
+    """The position after the last document."""
     progress: float | None
-    """The part of the whole source that is read when this chunk ends, 0 to 1; None where it cannot be known."""
+    """Fraction of the whole source that has been read by then, or None if unknown."""
 
 
 class Source(Protocol):
-    """What `prepare` needs to know of a source."""
+    """What `prepare` needs from a source."""
 
-    @property
-    def label(self) -> str:
-        """The first part of the shards' names."""
-
-    @property
-    def first_shard_is_val(self) -> bool:
-        """True: shard 0 is held out (build-nanogpt's FineWeb-EDU). False: every 100th document."""
+    label: str
+    """The first part of the shards' file names."""
+    first_shard_is_val: bool
+    """True: shard 0 is held out (build-nanogpt's FineWeb-EDU). False: every 100th document."""
 
     def identity(self) -> dict[str, Any]:
-        """What the documents are, down to the revision or the files' hash: equal identity, equal documents."""
+        """What the documents are, down to the commit or the files' hash: equal identities have equal documents."""
 
-    def read(self, begin: Cursor | None) -> Iterator[Chunk]:
-        """The chunks from a place on, from the start for None. ``ValueError`` if the source fails for good."""
-
-
-def canonical(source: str | list[str], name: str | None = None) -> tuple[str | list[str], str | None]:
-    """Source and configuration as manifests name them: no aliases, and no folders of one machine."""
-    if isinstance(source, list):
-        return canonical(source[0], name) if len(source) == 1 else ([Path(item).name for item in source], name)
-    if source in ("fineweb-edu", FINEWEB_EDU):
-        return FINEWEB_EDU, name or "sample-10BT"
-    return (Path(source).name if _is_local(source) else source), name
+    def read(self, start: Cursor | None) -> Iterator[Chunk]:
+        """Yields the chunks from a position on; None is the beginning. Raises ``UserError`` if reading fails."""
 
 
-def pinned(source: str | list[str], revision: str | None = None) -> tuple[str | list[str], str | None]:
-    """``ORG/NAME@REVISION`` taken apart; another source as it is.
+def split_revision(source: str | list[str], revision: str | None) -> tuple[str | list[str], str | None]:
+    """Splits ``ORG/NAME@REVISION`` into source and revision; any other source stays as it is.
 
     Raises:
-        ValueError: ``revision`` is another one.
+        UserError: ``revision`` is a different one.
     """
-    if isinstance(source, list):
-        return pinned(source[0], revision) if len(source) == 1 else (source, revision)
-    name, _, its_revision = source.partition("@")
-    if not its_revision or _is_local(source):
+    if isinstance(source, list) and len(source) == 1:
+        source = source[0]
+    if isinstance(source, list) or _is_local(source):
         return source, revision
-    if revision not in (None, its_revision):
-        raise UserError(f"{source} names one revision and --revision {revision} another: leave one of them out")
-    return name, its_revision
+    name, _, named = source.partition("@")
+    if not named:
+        return source, revision
+    if revision not in (None, named):
+        raise UserError(f"{source} and --revision {revision} name different revisions: remove one of them")
+    return name, named
+
+
+def canonical_name(source: str | list[str], name: str | None) -> tuple[str | list[str], str | None]:
+    """Source and dataset configuration as manifests record them: aliases resolved, and files without their folders."""
+    if isinstance(source, list):
+        return [Path(item).name for item in source], name
+    if source in ("fineweb-edu", FINEWEB_EDU):
+        return FINEWEB_EDU, name or "sample-10BT"
+    return Path(source).name if _is_local(source) else source, name
 
 
 def open_source(
     source: str | list[str], *, name: str | None = None, text_column: str = "text", revision: str | None = None
 ) -> Source:
-    """The source that the words name.
-
-    Args:
-        source: ``stdlib``, ``fineweb-edu``, ORG/NAME on the hub, or files (.txt, .jsonl, .jsonl.gz, .jsonl.xz,
-            .parquet): a path, a glob, or a list of them, read in that order, each glob's files sorted by name.
-        name: configuration of a hub dataset; of fineweb-edu sample-10BT if not given.
-        text_column: the column or key that holds the text.
-        revision: branch, tag or commit of a hub dataset.
+    """Finds the files or the dataset that ``source`` names. Arguments as for `prepare`.
 
     Raises:
-        ValueError: no such file, dataset, configuration or network.
+        UserError: no such file, dataset or configuration, or no network.
     """
     patterns = [source] if isinstance(source, str) else source
-    local = all(_is_local(pattern) for pattern in patterns)
-    if (local or patterns == ["stdlib"]) and (name or revision):
-        raise UserError("only datasets on the hub have a --name or a --revision: leave them out")
-    if patterns == ["stdlib"]:
+    local = all(map(_is_local, patterns))
+    if (local or source == "stdlib") and (name or revision):
+        raise UserError("only datasets on the hub have a --name or a --revision: remove them")
+    if source == "stdlib":
         return _open_stdlib()
+    canonical, name = canonical_name(source, name)
     if local:
-        return _open_files(patterns, text_column)
-    repo, name = canonical(source, name)
-    if not isinstance(repo, str) or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", repo):
+        paths = _find_files(patterns)
+        stem = paths[0].name.split(".")[0] if len(paths) == 1 else "corpus"
+        return FileSource(_label(stem), paths, {"source": canonical}, text_column)
+    if not isinstance(canonical, str) or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", canonical):
         raise UserError(
-            f"{source!r} is no source: give stdlib, fineweb-edu, ORG/NAME on the hub, or files ({' '.join(SUFFIXES)})"
+            f"{source!r} is not a source: give stdlib, fineweb-edu, ORG/NAME on the hub, or files "
+            f"({' '.join(SUFFIXES)})"
         )
-    return _open_hub(repo, name, text_column, revision)
+    return _open_hub(canonical, name, text_column, revision)
 
 
 def _is_local(source: str) -> bool:
@@ -134,60 +122,33 @@ def _is_local(source: str) -> bool:
     return is_path and source not in ("stdlib", "fineweb-edu")
 
 
-def _chunks(begin: Cursor, records: Iterator[Record]) -> Iterator[Chunk]:
-    values: list[Value] = []
-    length, end, progress = 0, begin, None
-    for value, end, progress in records:
-        values.append(value)
-        length += len(value or b"")
-        if length >= CHUNK_BYTES or len(values) == CHUNK_RECORDS:
-            yield Chunk(begin, end, values, progress)
-            begin, values, length = end, [], 0
-    if values:
-        yield Chunk(begin, end, values, progress)
+def _label(name: str) -> str:
+    return re.sub(r"[^\w-]", "_", name) or "corpus"
 
 
-def _read_ahead(chunks: Iterator[Chunk]) -> Iterator[Chunk]:
-    """The same chunks, read by a thread of their own while the caller works; an error comes out where it occurred."""
-    ready: queue.Queue[Chunk | BaseException | None] = queue.Queue(READ_AHEAD_CHUNKS)
-    stopped = threading.Event()
-
-    def put(item: Chunk | BaseException | None) -> None:
-        while not stopped.is_set():
-            try:
-                return ready.put(item, timeout=0.5)
-            except queue.Full:
-                pass
-
-    def work() -> None:
-        try:
-            for chunk in chunks:
-                put(chunk)
-                if stopped.is_set():
-                    return
-            put(None)
-        except BaseException as error:
-            put(error)
-
-    threading.Thread(target=work, name="documents", daemon=True).start()  # daemon: it may be waiting for the network
-    try:
-        while (item := ready.get()) is not None:
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-    finally:
-        stopped.set()
+def _chunks(documents: Iterator[tuple[Document, Cursor, float | None]]) -> Iterator[Chunk]:
+    """Groups documents, each with the position after it and the progress, into chunks."""
+    chunk: list[Document] = []
+    characters = 0
+    for text, end, progress in documents:
+        chunk.append(text)
+        characters += len(text or "")
+        if characters >= CHUNK_CHARACTERS or len(chunk) == CHUNK_DOCUMENTS:
+            yield Chunk(chunk, end, progress)
+            chunk, characters = [], 0
+    if chunk:
+        yield Chunk(chunk, end, progress)
 
 
-# -- files on this machine ---------------------------------------------------------------------------------------------
+# -- local files -------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass
 class FileSource:
-    """Files of this machine, in a fixed order."""
+    """Files on this machine, in a fixed order."""
 
     label: str
-    paths: tuple[Path, ...]
+    paths: list[Path]
     description: dict[str, Any]
     """The part of the identity that is known without reading the files."""
     text_column: str
@@ -201,34 +162,31 @@ class FileSource:
                 size += file.tell()
         return self.description | {"files": len(self.paths), "bytes": size, "sha256": digest.hexdigest()}
 
-    def read(self, begin: Cursor | None) -> Iterator[Chunk]:
-        begin = begin or {"file": 0, "record": 0}
-        return _read_ahead(_chunks(begin, self._records(**begin)))
+    def read(self, start: Cursor | None) -> Iterator[Chunk]:
+        return _chunks(self._documents(**(start or {"file": 0, "document": 0})))
 
-    def _records(self, file: int, record: int) -> Iterator[Record]:
+    def _documents(self, file: int, document: int) -> Iterator[tuple[Document, Cursor, float]]:
         sizes = [path.stat().st_size for path in self.paths]
         total = max(sum(sizes), 1)
         for index in range(file, len(self.paths)):
-            before, start = sum(sizes[:index]), record if index == file else 0
-            for end, (value, part) in enumerate(file_records(self.paths[index], self.text_column, start), start + 1):
-                yield value, {"file": index, "record": end}, (before + part * sizes[index]) / total
+            start, before = document if index == file else 0, sum(sizes[:index])
+            for end, (text, part) in enumerate(read_documents(self.paths[index], self.text_column, start), start + 1):
+                yield text, {"file": index, "document": end}, (before + part * sizes[index]) / total
 
 
 def _open_stdlib() -> FileSource:
     root = Path(sysconfig.get_paths()["stdlib"])
     left_out = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
     names = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py"))
-    paths = tuple(root / name for name in names if left_out.isdisjoint(name.split("/")))
-    if not paths:
-        raise UserError(f"this Python keeps no .py files in {root}: name files of your own as --source")
+    paths = [root / name for name in names if left_out.isdisjoint(name.split("/"))]
     return FileSource("stdlib", paths, {"source": "stdlib", "python": platform.python_version()}, "text")
 
 
-def _open_files(patterns: list[str], text_column: str) -> FileSource:
+def _find_files(patterns: list[str]) -> list[Path]:
     paths: list[Path] = []
     for pattern in patterns:
-        is_one = Path(pattern).exists()  # a name that exists is itself, whatever glob would make of its brackets
-        found = [pattern] if is_one else sorted(glob.glob(pattern, recursive=True))
+        # an existing name is taken literally, even if it has brackets in it
+        found = [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern, recursive=True))
         if not found:
             raise UserError(f"there is no file {pattern}: correct the path of --source")
         paths += map(Path, found)
@@ -236,19 +194,15 @@ def _open_files(patterns: list[str], text_column: str) -> FileSource:
         if path.is_dir():
             raise UserError(f"{path} is a folder: name its files, for example {path / '*.jsonl'}")
         if not path.name.endswith(SUFFIXES):
-            kinds = " ".join(SUFFIXES)
-            raise UserError(f"{path} is of a kind that cannot be read: sources end in {kinds}, so convert it")
-    label = re.sub(r"[^\w-]", "_", paths[0].name.split(".")[0]) if len(paths) == 1 else "corpus"
-    return FileSource(label or "corpus", tuple(paths), {"source": canonical(patterns)[0]}, text_column)
+            raise UserError(f"{path} has an unknown file type: convert it to one of {' '.join(SUFFIXES)}")
+    return paths
 
 
 def local_bytes(source: str | list[str]) -> int | None:
-    """Size of all files that a source names; None for a source of another kind, and for files that are gone."""
+    """Total size of the files that a source names; None for any other source, and for files that no longer exist."""
     patterns = [source] if isinstance(source, str) else source
-    if not all(_is_local(pattern) for pattern in patterns):
-        return None
     try:
-        return sum(path.stat().st_size for path in _open_files(patterns, "").paths)
+        return sum(path.stat().st_size for path in _find_files(patterns)) if all(map(_is_local, patterns)) else None
     except (UserError, OSError):
         return None
 
@@ -256,45 +210,40 @@ def local_bytes(source: str | list[str]) -> int | None:
 # -- the hub -----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass
 class HubSource:
-    """A dataset on the Hugging Face hub, streamed by `datasets` at one commit; it outlives outages of the network."""
+    """A dataset on the Hugging Face hub at one commit, streamed by `datasets`. Network outages are waited out."""
 
     repo: str
     name: str | None
     revision: str
     """The commit, as a hash."""
     text_column: str
-    documents: int | None
-    """How many there are, if that is known: for the time left, nothing else."""
-    dataset: Any = field(repr=False)
+    n_documents: int | None
+    """Number of documents if known, for the progress bar only."""
+    dataset: Any
+    """A streaming `datasets.IterableDataset`."""
 
-    @property
-    def label(self) -> str:
-        return "edufineweb" if self.first_shard_is_val else re.sub(r"[^\w-]", "_", self.repo.split("/")[1])
-
-    @property
-    def first_shard_is_val(self) -> bool:
-        return self.repo == FINEWEB_EDU
+    def __post_init__(self) -> None:
+        self.first_shard_is_val = self.repo == FINEWEB_EDU
+        self.label = "edufineweb" if self.first_shard_is_val else _label(self.repo.split("/")[1])
 
     def identity(self) -> dict[str, Any]:
         return {"source": self.repo, "name": self.name, "revision": self.revision}
 
-    def read(self, begin: Cursor | None) -> Iterator[Chunk]:
-        return _read_ahead(self._persist(begin or {"file": 0, "record": 0, "documents": 0}))
+    def read(self, start: Cursor | None) -> Iterator[Chunk]:
+        """Yields the chunks. After a failure it tries again from the last whole chunk.
 
-    def _persist(self, begin: Cursor) -> Iterator[Chunk]:
-        """The stream, taken up again after its last whole chunk for as long as the network may come back.
-
-        `datasets` itself tries a lost connection again for some 100 s; this is for all that lasts longer.
+        `datasets` itself retries a lost connection for about 100 s; this is for longer outages.
         """
+        cursor = start or {"file": 0, "document": 0, "total": 0}
         failing_since: float | None = None
         pause = FIRST_PAUSE
         while True:
             try:
-                for chunk in _chunks(begin, self._records(**begin)):
+                for chunk in _chunks(self._documents(**cursor)):
                     yield chunk
-                    begin, failing_since, pause = chunk.end, None, FIRST_PAUSE
+                    cursor, failing_since, pause = chunk.end, None, FIRST_PAUSE
                 return
             except UserError:
                 raise
@@ -302,60 +251,56 @@ class HubSource:
                 if failing_since is None:
                     failing_since = time.monotonic()
                 patience = DAMAGE_SECONDS if isinstance(error, ValueError | LookupError | TypeError) else OUTAGE_SECONDS
-                what = f"{self.repo} fails after document {begin['documents']} ({first_line(error)})"
+                what = f"{self.repo} fails after document {cursor['total']} ({first_line(error)})"
                 if time.monotonic() - failing_since + pause > patience:
-                    raise UserError(f"{what}: run the same command again later, it goes on from there") from error
+                    raise UserError(f"{what}: run the same command again later, it resumes there") from error
                 print(f"{what}: trying again in {pause:.0f} s", file=sys.stderr)
                 time.sleep(pause)
                 pause = min(2 * pause, LONGEST_PAUSE)
 
-    def _records(self, file: int, record: int, documents: int) -> Iterator[Record]:
-        """The records from a place on. To go on within a file it is read again, as by `datasets`' own saved states."""
+    def _documents(self, file: int, document: int, total: int) -> Iterator[tuple[Document, Cursor, float | None]]:
+        """To start in the middle of a file, its beginning is read again and skipped, as `datasets` does itself."""
         files = self.dataset.num_shards
         for index in range(file, files):
-            skip, end = (record if index == file else 0), 0
+            skip, end = (document if index == file else 0), 0
             for table in self.dataset.shard(files, index).with_format("arrow").iter(batch_size=256):
-                require_text(self.repo, self.text_column, table.schema)
-                for value in texts(table.column(self.text_column)):
+                for text in column_documents(self.repo, self.text_column, table.column_names, table):
                     end += 1
                     if end > skip:
-                        documents += 1
-                        progress = documents / self.documents if self.documents else None
-                        yield value, {"file": index, "record": end, "documents": documents}, progress
+                        total += 1
+                        progress = total / self.n_documents if self.n_documents else None
+                        yield text, {"file": index, "document": end, "total": total}, progress
 
 
 def _open_hub(repo: str, name: str | None, text_column: str, revision: str | None) -> HubSource:
     import datasets
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+    from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
     try:
         commit = HfApi().dataset_info(repo, revision=revision).sha
+        assert commit is not None
         dataset = datasets.load_dataset(repo, name, split="train", streaming=True, revision=commit)
-    except GatedRepoError as error:
-        raise UserError(f"{repo} is gated: accept its terms on the hub and log in with `hf auth login`") from error
     except RevisionNotFoundError as error:
-        raise UserError(f"{repo} has no revision {revision}: name another as --revision") from error
+        raise UserError(f"{repo} has no revision {revision}: choose another --revision") from error
     except (RepositoryNotFoundError, datasets.exceptions.DatasetNotFoundError) as error:
-        raise UserError(f"the hub has no dataset {repo} that you may read: correct --source, or log in") from error
-    except HfHubHTTPError as error:  # it was reached, and says no
-        status = error.response.status_code if error.response is not None else 500
-        mend = "run the same command again later" if status == 429 or status >= 500 else "log in with `hf auth login`"
-        what = f"the hub does not give {repo} ({first_line(error)})"
-        raise UserError(f"{what}: {mend}, or name another --source") from error
-    except (ValueError, FileNotFoundError) as error:  # no such configuration, split or files: the message says more
+        raise UserError(
+            f"the hub has no dataset {repo} that you may read: correct --source, or log in with `hf auth login` (and "
+            "accept its terms on the hub if it is gated)"
+        ) from error
+    except HfHubHTTPError as error:
+        raise UserError(
+            f"the hub does not give {repo} ({first_line(error)}): log in with `hf auth login` if it needs that, "
+            "or run the same command again later"
+        ) from error
+    except (ValueError, FileNotFoundError) as error:  # no such configuration, split or files
         raise UserError(f"{repo} cannot be opened ({first_line(error)}): correct --source or --name") from error
-    except Exception as error:  # all that a network can do
-        what = f"the hub cannot be reached for {repo} ({first_line(error)})"
-        raise UserError(f"{what}: check the network, or name local files as --source") from error
-    assert commit is not None
+    except Exception as error:  # a network fails in many ways
+        raise UserError(
+            f"the hub cannot be reached for {repo} ({first_line(error)}): check the network, or use local files"
+        ) from error
     splits = dataset.info.splits or {}
-    documents = splits["train"].num_examples if "train" in splits else None
+    n_documents = splits["train"].num_examples if "train" in splits else None
     if repo == FINEWEB_EDU and name:
-        documents = documents or FINEWEB_EDU_DOCUMENTS.get(name)
-    return HubSource(repo, name, commit, text_column, documents, dataset)
+        n_documents = n_documents or FINEWEB_EDU_DOCUMENTS.get(name)
+    return HubSource(repo, name, commit, text_column, n_documents, dataset)
