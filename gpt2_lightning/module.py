@@ -1,57 +1,54 @@
-"""The training step around the network: loss, compile, optimizer set-up. When to evaluate and log is the callbacks'."""
+"""The training step around the network: loss, compilation, optimizer set-up and the metrics of a step.
 
+When to evaluate, sample and save is decided in ``callbacks/``.
+"""
+
+import ctypes
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.memory import garbage_collection_cuda
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torchmetrics import MeanMetric
 
 from gpt2_lightning.checkpoints.load import load
-from gpt2_lightning.compile_cache import keep_compiled_code
+from gpt2_lightning.data.datamodule import TokenDataModule
 from gpt2_lightning.errors import UserError
-from gpt2_lightning.loss import LinearCrossEntropy, chunk_of
+from gpt2_lightning.evals.validation import MeanLoss
+from gpt2_lightning.loss import LinearCrossEntropy, tokens_per_chunk
 from gpt2_lightning.model import GPT, GPTConfig
 from gpt2_lightning.optim import AdamW, decay_groups
 from gpt2_lightning.schedule import WarmupCosine
 from gpt2_lightning.sharding import shard
 from gpt2_lightning.tokenizer import VOCAB_SIZE
-from gpt2_lightning.tools.gpus import is_out_of_memory
 
-
-def attends_by_matmuls(device_type: str, bf16: bool, block_size: int) -> bool:
-    """Whether attention is faster as matmuls and a softmax than fused: on a CPU, for bf16 and short contexts.
-
-    There the fused kernel takes 3.0 ms, forward and backward, where matmuls, which PyTorch makes in fp32, take 1.6
-    (B=4, T=128, 4 heads of 16, two cores of an AMD EPYC); from T=256 on it is as fast or faster.
-    """
-    return device_type == "cpu" and bf16 and block_size <= 128
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # from glibc's malloc.h; their values are bytes
 
 
 class GPTModule(LightningModule):
-    """GPT-2 in training. Batches are (micro_batch_size, block_size + 1) token ids of any integer type.
+    """GPT-2 in training. A batch is (micro_batch_size, block_size + 1) token ids of any integer type.
 
     Args:
-        config: the shape; null takes that of ``init_from``, or GPT-2 (124M) without it.
-        init_from: weights to start from, by whatever ``load`` opens: gpt2, gpt2-medium, gpt2-large, gpt2-xl, a
-            checkpoint, an exported folder. A ``config`` that is typed as well has to agree with theirs.
-        optimizer: a class and its arguments. Biases and LayerNorms are never decayed, whatever its ``weight_decay``.
-        lr_scheduler: a class and its arguments, stepped once per optimizer step; a ``max_steps`` of null among them
-            becomes ``trainer.max_steps``.
-        compile: torch.compile the training step: auto does so on CUDA.
-        activation_checkpointing: compute each block again in the backward pass rather than keep it: the same losses, a
-            quarter to a third slower, for models that do not fit otherwise.
-        chunked_loss: never hold the whole logits (see ``loss.py``): auto does so on a CPU, where it is faster; on a
-            small GPU it saves memory.
+        config: shape of the model; null takes that of ``init_from``, or GPT-2 (124M) without it.
+        init_from: weights to start from: gpt2, gpt2-medium, gpt2-large, gpt2-xl, a checkpoint or an exported folder.
+            If ``config`` is given as well, the two must agree.
+        optimizer: class and its arguments. Biases and LayerNorms are never decayed, whatever its ``weight_decay``.
+        lr_scheduler: class and its arguments, stepped once per optimizer step. If it has a ``max_steps`` of null,
+            ``trainer.max_steps`` is used.
+        compile: whether to torch.compile the training step; auto does so on CUDA.
+        chunked_loss: whether to compute the loss in chunks, without ever holding all logits. auto does so on a CPU,
+            where it is faster; on a GPU it saves memory.
+        activation_checkpointing: compute each block's activations again in the backward pass instead of keeping them:
+            the same losses, a quarter to a third slower, for models that do not fit otherwise.
     """
 
     def __init__(
@@ -65,16 +62,15 @@ class GPTModule(LightningModule):
         activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        if isinstance(config, dict):  # as `load_from_checkpoint` gives it back
+        if isinstance(config, dict):  # from `load_from_checkpoint`
             config = GPTConfig(**config)
         self.model = GPT(config or GPTConfig()) if init_from is None else load(init_from).train()
         if config is not None and (config.vocab_size, self.model.config.vocab_size) == (50304, VOCAB_SIZE):
-            config = replace(config, vocab_size=VOCAB_SIZE)  # 50304 is what a config without a vocab_size says
+            config = replace(config, vocab_size=VOCAB_SIZE)  # 50304 is only GPTConfig's default, 50257 the weights' own
         if config is not None and config != self.model.config:
             raise UserError(
                 f"model.config differs from the weights of {init_from}: "
-                f"{_differences(asdict(config), asdict(self.model.config))}; "
-                "set model.config to null to take the weights' own shape"
+                f"{_differences(asdict(config), asdict(self.model.config))}; set model.config to null to take theirs"
             )
         self.model.activation_checkpointing = activation_checkpointing
         self.save_hyperparameters({"config": asdict(self.model.config)})
@@ -82,34 +78,38 @@ class GPTModule(LightningModule):
         self.lr_scheduler = lr_scheduler
         self.compile_mode = compile
         self.chunked_loss = chunked_loss
-        self.val_loss = MeanMetric()
-        self.loss_sum = torch.zeros(())  # over the micro-batches of the step so far, on this rank
-        self.step_loss = torch.zeros(())  # of the last step: the mean over its micro-batches and ranks
+        self.val_loss = MeanLoss()
+        self.loss_sum = torch.zeros(())  # over the micro-batches of the current step, on this rank
+        self.step_loss = torch.zeros(())  # of the last step: mean over its micro-batches and all ranks
         self.grad_norm = torch.zeros(())  # of the last step, before clipping
-        self.step_applied = True  # false where loss or norm of the last step was not finite
+        self.step_applied = True  # False if loss or norm of the last step was not finite
 
     def setup(self, stage: str) -> None:
         if self.trainer.gradient_clip_algorithm == "value":
-            raise UserError(
-                "trainer.gradient_clip_algorithm is value: GPT-2 is clipped by the global norm, leave it out"
-            )
+            raise UserError("trainer.gradient_clip_algorithm: only clipping by the global norm is supported")
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        if stage == "fit" and isinstance(data, TokenDataModule):
+            set_accumulation(self.trainer, data)
         device_type = self.trainer.strategy.root_device.type
+        if device_type == "cpu":
+            keep_freed_memory()
         chunked = device_type == "cpu" if self.chunked_loss == "auto" else self.chunked_loss
-        self.loss = LinearCrossEntropy(chunk_of(self.model.config.vocab_size) if chunked else None)
-        compiled = (
-            device_type == "cuda" and sys.platform != "win32" if self.compile_mode == "auto" else self.compile_mode
-        )
+        self.loss = LinearCrossEntropy(tokens_per_chunk(self.model.config.vocab_size) if chunked else None)
+        compiled = self.compile_mode
+        if compiled == "auto":
+            compiled = device_type == "cuda" and sys.platform != "win32"
         if compiled:
             keep_compiled_code()
-            # a code for each micro-batch that a batch-size schedule grows through, and for those of evaluation
+            # one compilation for each micro-batch size of a batch-size schedule, and for those of validation
             torch._dynamo.config.recompile_limit = 64
-        # a handle beside the module, not the module itself: keys, evaluation and sampling stay those of the plain model
+        # A compiled function beside the model, not a compiled model: checkpoint keys, evaluation and sampling stay
+        # those of the plain model.
         self.next_token_loss: Callable[[Tensor], Tensor] = (
             torch.compile(self._next_token_loss, dynamic=False) if compiled else self._next_token_loss
         )
         bf16, T = self.trainer.precision == "bf16-mixed", self.model.config.block_size
-        # computed again in the backward pass, attention would be outside this context
-        if attends_by_matmuls(device_type, bf16, T) and not self.model.activation_checkpointing:
+        # not with activation checkpointing: the backward pass runs attention again outside this context
+        if math_attention_is_faster(device_type, bf16, T) and not self.model.activation_checkpointing:
             self.next_token_loss = sdpa_kernel(SDPBackend.MATH)(self.next_token_loss)
 
     def configure_model(self) -> None:
@@ -120,40 +120,12 @@ class GPTModule(LightningModule):
         differences = _differences(self.hparams["config"], checkpoint["hyper_parameters"]["config"])
         if differences:
             raise UserError(
-                f"model.config differs from the checkpoint to resume from: {differences}; give the shape it was "
-                "trained with, or another run_dir to start anew"
+                f"model.config differs from that of the checkpoint to resume from: {differences}; use the shape it was "
+                "trained with, or another run_dir for a new run"
             )
 
-    def fits(self, micro_batch_size: int) -> bool:
-        """Whether training steps on micro-batches of this size fit the device's memory, by trying."""
-        enough = True
-        try:
-            self._try_step(micro_batch_size)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            enough = False
-        if not enough:
-            torch.compiler.reset()  # a size that is never used must not count among those that may be compiled
-        self.zero_grad()  # outside the handler, whose traceback holds the activations
-        garbage_collection_cuda()
-        return enough
-
-    def _try_step(self, micro_batch_size: int) -> None:
-        """The most memory that a step takes: a second micro-batch meets the gradients of the first, and AdamW's state.
-
-        The optimizer has no state before its first step, so two copies of the parameters stand in for it.
-        """
-        state = [torch.empty_like(p) for p in self.parameters() for _ in range(2)]
-        ids = torch.zeros(micro_batch_size, self.model.config.block_size + 1, dtype=torch.long, device=self.device)
-        for _ in range(2):
-            with self.trainer.precision_plugin.train_step_context():
-                loss = self.next_token_loss(ids)
-            loss.backward()
-        del state
-
     def _next_token_loss(self, ids: Tensor) -> Tensor:
-        """Mean cross-entropy of ids (B, T+1) int64, each predicted from those before it in its row."""
+        """Mean cross-entropy of predicting each of ids (B, T+1) int64 from those before it, in nats per token."""
         hidden = self.model.hidden(ids[:, :-1])  # (B, T, C)
         return self.loss(hidden.flatten(0, 1), self.model.lm_head.weight, ids[:, 1:].flatten())
 
@@ -164,10 +136,8 @@ class GPTModule(LightningModule):
         return loss
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
-        loss = self.next_token_loss(batch.long())
-        self.val_loss.update(loss, weight=batch[:, 1:].numel())
-        in_fit = self.trainer.state.fn == TrainerFn.FITTING  # there ValidationLoss logs it, at the step it belongs to
-        self.log("val/loss", self.val_loss, on_step=False, on_epoch=True, logger=not in_fit)
+        self.val_loss.update(self.next_token_loss(batch.long()), weight=batch[:, 1:].numel())
+        self.log("val/loss", self.val_loss)
 
     def configure_gradient_clipping(
         self,
@@ -175,10 +145,10 @@ class GPTModule(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clips by the global norm of all gradients, and keeps the norm they had before. 0 or null only measures it.
+        """Clip by the global norm of all gradients (0 or None only measures it) and log the step.
 
-        Where that norm or the step's loss is not finite the gradients are dropped: an optimizer leaves parameters
-        without a gradient, and its own state of them, as they are. All ranks see the same two numbers.
+        If the loss or the norm is not finite, the gradients are dropped, so that the optimizer changes neither
+        parameters nor its state. All ranks see the same two numbers and decide alike.
         """
         mean = self.loss_sum / self.trainer.accumulate_grad_batches
         self.step_loss = self.trainer.strategy.reduce(mean, reduce_op="mean")
@@ -187,6 +157,26 @@ class GPTModule(LightningModule):
         self.step_applied = bool(torch.isfinite(self.step_loss + self.grad_norm))
         if not self.step_applied:
             optimizer.zero_grad()
+        if self.is_logged(self.global_step):
+            self._log_step(optimizer.param_groups[0]["lr"])
+
+    def is_logged(self, step: int) -> bool:
+        """Whether ``train/*`` of this step (counted from 0) is logged: each N-th from 0 on, and the last."""
+        every_n_steps: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        return (every_n_steps > 0 and step % every_n_steps == 0) or step + 1 == self.trainer.max_steps
+
+    def _log_step(self, lr: float) -> None:
+        """Log the metrics of the step that is being made, at its number (from 0), as build-nanogpt does.
+
+        Not by ``self.log``: Lightning writes that after the step's callbacks, so a run killed in between would have a
+        checkpoint of a step whose loss is missing.
+        """
+        step = self.global_step
+        values = {"train/loss": self.step_loss.item(), "train/grad_norm": float(self.grad_norm), "train/lr": float(lr)}
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        if isinstance(data, TokenDataModule):
+            values["train/tokens"] = float(data.tokens_before(step + 1))
+        record(self.trainer, values, step)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         try:
@@ -196,36 +186,115 @@ class GPTModule(LightningModule):
                 f"model.optimizer cannot be set up ({error}): correct its arguments, or choose a class that accepts "
                 "parameter groups, each with its own weight_decay, such as torch.optim.AdamW"
             ) from error
-        optimizer.register_load_state_dict_pre_hook(_keep_typed_options)
+        optimizer.register_load_state_dict_pre_hook(_keep_current_options)
         try:
             scheduler: Any = self.lr_scheduler(optimizer)
         except TypeError as error:
-            raise UserError(f"model.lr_scheduler cannot be set up ({error}): choose a class that can") from error
+            raise UserError(f"model.lr_scheduler cannot be set up ({error}): correct its arguments") from error
         if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
-            raise UserError("model.lr_scheduler waits for a metric, not for a step: choose one that counts steps")
-        # a schedule may have a rate of its own in mind, as OneCycleLR does
-        self.typed_lrs = list(getattr(scheduler, "base_lrs", [group["lr"] for group in optimizer.param_groups]))
+            raise UserError("model.lr_scheduler waits for a metric: choose one that counts steps")
+        # of the scheduler, where it sets rates of its own, as OneCycleLR does
+        self.base_lrs = list(getattr(scheduler, "base_lrs", [group["lr"] for group in optimizer.param_groups]))
         if getattr(scheduler, "max_steps", 0) is None:
             scheduler.max_steps = self.trainer.max_steps
-            if getattr(scheduler, "warmup_steps", 0) >= scheduler.max_steps:  # no mistake in a trial of a few steps
-                self.print(
-                    f"the warm-up of {scheduler.warmup_steps} steps is not over when this run of "
-                    f"{scheduler.max_steps} ends"
-                )
+            warmup = getattr(scheduler, "warmup_steps", 0)
+            if warmup >= scheduler.max_steps:  # not an error: a short trial of a long recipe
+                self.print(f"the warm-up of {warmup} steps is not over when this run of {scheduler.max_steps} ends")
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_train_start(self) -> None:
-        """Obeys the learning rate of today's command where a scheduler of torch's own restored that of the first."""
+        """Apply this command's learning rate where torch's own schedulers have restored the checkpoint's."""
         scheduler: Any = self.lr_schedulers()
-        bases = getattr(scheduler, "base_lrs", self.typed_lrs)
-        if bases != self.typed_lrs:
-            for group, base, typed in zip(scheduler.optimizer.param_groups, bases, self.typed_lrs, strict=True):
-                group["lr"] *= typed / base
-            scheduler.base_lrs = list(self.typed_lrs)
+        restored = getattr(scheduler, "base_lrs", self.base_lrs)
+        if restored != self.base_lrs:
+            for group, before, now in zip(scheduler.optimizer.param_groups, restored, self.base_lrs, strict=True):
+                group["lr"] *= now / before
+            scheduler.base_lrs = list(self.base_lrs)
 
 
-def _keep_typed_options(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """A resumed run obeys the options of today's command; the checkpoint only says where the lr had got to."""
+def record(trainer: Trainer, values: dict[str, float], step: int) -> None:
+    """Write ``values`` at ``step`` to all loggers, and to where callbacks that monitor a metric look for it."""
+    for logger in trainer.loggers:
+        logger.log_metrics(values, step)
+    trainer.callback_metrics.update(values)  # type: ignore[arg-type]
+
+
+def set_accumulation(trainer: Trainer, data: TokenDataModule) -> None:
+    """Let the Trainer accumulate as many micro-batches as make up a step.
+
+    Raises:
+        UserError: ``trainer.accumulate_grad_batches`` is given and differs; or ``overfit_batches``,
+            ``limit_train_batches`` or ``fast_dev_run`` would end the epoch inside a step, where Lightning would make a
+            step of the micro-batches that it has.
+    """
+    given: int = trainer.accumulate_grad_batches
+    accumulate = data.accumulate_grad_batches
+    if given not in (1, accumulate):
+        raise UserError(
+            f"trainer.accumulate_grad_batches={given} disagrees with data.total_batch_tokens="
+            f"{data.total_batch_tokens}, which takes {accumulate} micro-batches per device: leave it out, it is derived"
+        )
+    limit: float = trainer.limit_train_batches  # type: ignore[attr-defined] # 1.0 is all of them, 1 a single one
+    overfit: float = trainer.overfit_batches  # type: ignore[attr-defined]
+    if not overfit and (limit != 1.0 or isinstance(limit, int)):  # Lightning copies overfit_batches to the other
+        raise UserError(
+            "trainer.limit_train_batches and fast_dev_run count micro-batches and could cut a step: set "
+            "trainer.max_steps instead"
+        )
+    if overfit % accumulate != 0:
+        one_micro_batch = data.micro_batch_size * data.train.block_size * trainer.world_size
+        raise UserError(
+            f"trainer.overfit_batches={overfit} is not a whole number of steps of {accumulate} micro-batches: set "
+            f"data.total_batch_tokens to one micro-batch, {one_micro_batch}"
+        )
+    trainer.accumulate_grad_batches = accumulate
+
+
+def math_attention_is_faster(device_type: str, bf16: bool, block_size: int) -> bool:
+    """Whether attention by matmuls and a softmax beats the fused kernel: on a CPU, in bf16 on short sequences.
+
+    There the fused kernel takes 3.0 ms, forward and backward, and the matmuls, which PyTorch runs in fp32, take 1.6
+    (B=4, T=128, 4 heads of 16, two cores of an AMD EPYC). From T=256 on the fused one is as fast or faster.
+    """
+    return device_type == "cpu" and bf16 and block_size <= 128
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a device had too little memory. CUDA raises torch.OutOfMemoryError, MPS and CPUs only say so."""
+    return any(words in str(error) for words in ("out of memory", "can't allocate memory", "not enough memory"))
+
+
+def keep_compiled_code() -> None:
+    """Move torch.compile's cache from the temporary folder to the user's cache, where it survives a reboot.
+
+    A ``TORCHINDUCTOR_CACHE_DIR`` of the user's own is respected. torch sets that variable itself, to its default, when
+    it is imported; the default has no public name.
+    """
+    if os.environ.get("TORCHINDUCTOR_CACHE_DIR", default_cache_dir()) != default_cache_dir():
+        return
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        folder = cache / "gpt2_lightning" / "inductor"
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):  # a read-only home, or none at all: torch's default stays
+        return
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
+
+
+def keep_freed_memory() -> None:
+    """Make glibc keep freed memory for the next step, which needs the same blocks again.
+
+    By default it returns large blocks to the kernel; mapping fresh pages then costs a small model on a CPU a tenth of
+    its step. MALLOC_… or GLIBC_TUNABLES set by the user are respected. Does nothing on other systems.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None and not any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
+        mallopt(M_MMAP_THRESHOLD, 32 * 2**20)  # the most that glibc accepts; larger blocks are always mapped
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def _keep_current_options(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Resume with this command's weight decay, betas …; of the checkpoint's options only the learning rate counts."""
     groups = [
         saved | {name: value for name, value in group.items() if name not in ("params", "lr", "initial_lr")}
         for saved, group in zip(state_dict["param_groups"], optimizer.param_groups, strict=True)
@@ -234,5 +303,5 @@ def _keep_typed_options(optimizer: torch.optim.Optimizer, state_dict: dict[str, 
 
 
 def _differences(ours: dict[str, int], theirs: dict[str, int]) -> str:
-    """``n_embd=32 (theirs: 16)``, or nothing for equal shapes."""
+    """``n_embd=32 (theirs: 16)``, or an empty string for equal shapes."""
     return ", ".join(f"{name}={ours[name]} (theirs: {theirs[name]})" for name in ours if ours[name] != theirs[name])

@@ -1,4 +1,4 @@
-"""Models too large for one device: weights, gradients and optimizer state spread over all of them (FSDP2)."""
+"""Fully sharded training (FSDP2): each device keeps 1/W of the weights, gradients and optimizer state."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,27 +21,28 @@ from gpt2_lightning.model import GPT
 
 
 class FullyShard(ModelParallelStrategy):
-    """``--trainer.strategy fully_shard``: each device keeps 1/W of the model and gathers a block when it is its turn.
+    """``--trainer.strategy fully_shard``: each device keeps 1/W of the model and gathers one block at a time.
 
-    The tokens of a step and the checkpoints are DDP's, and so are the losses to rounding: a run may change between the
-    two. Lightning's own default takes the devices of a node for tensor parallelism, which this model does not have.
+    Steps and checkpoint files are the same as DDP's, and losses agree to rounding, so a run may change between the two.
     """
 
     def __init__(self, timeout: timedelta = default_pg_timeout) -> None:
         super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=False, timeout=timeout)
 
     def setup_environment(self) -> None:
+        # Lightning's "auto" is the number of nodes: it expects the devices of a node to be tensor-parallel. There is
+        # no public way to set it here, where the number of processes is known.
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """Deals a checkpoint out to the devices, by the names in it: Lightning's own reads no other strategy's."""
+        """Load an ordinary checkpoint by parameter names. Lightning's own method reads only its sharded format."""
         assert self.model is not None
         checkpoint = torch_load(Path(checkpoint_path))
         options = StateDictOptions(full_state_dict=True)
         set_model_state_dict(self.model, checkpoint.pop("state_dict"), options=options)
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
-            if not state["state"]:  # plain SGD has none, and nothing is to be dealt out
+            if not state["state"]:  # plain SGD: nothing to shard
                 optimizer.load_state_dict(state)
                 continue
             groups = state["param_groups"]
@@ -58,17 +59,17 @@ StrategyRegistry.register("fully_shard", FullyShard, description=FullyShard.__do
 
 
 def shard(model: GPT, mesh: DeviceMesh) -> None:
-    """Spreads the parameters over the ranks of ``mesh``: a block at a time, and what lies outside them together."""
+    """Shard the parameters over the ranks of ``mesh``: each block by itself, what lies outside them together."""
     for block in model.transformer["h"]:  # type: ignore[attr-defined, union-attr]
         fully_shard(block, mesh=mesh)
-    # the embedding is needed to the end, as the head: it stays where it is between forward and backward
+    # the embedding is also the head, needed at both ends of the forward pass: keep it until the backward pass
     fully_shard(model, mesh=mesh, reshard_after_forward=False)
-    register_fsdp_forward_method(model, "hidden")  # what training and evaluation call in place of `forward`
+    register_fsdp_forward_method(model, "hidden")  # training and evaluation call it instead of `forward`
 
 
 @contextmanager
 def gathered(model: GPT) -> Iterator[None]:
-    """The whole model on each rank, so that one may run it without the others. Does nothing to a model in one piece."""
+    """Keep the whole model on each rank meanwhile, so that one rank can run it alone. No effect on an unsharded one."""
     parts = [part for part in model.modules() if isinstance(part, FSDPModule)]
     for part in parts:
         part.set_reshard_after_forward(False, recurse=False)

@@ -1,4 +1,4 @@
-"""Checkpoints at step boundaries, each whole or not there at all."""
+"""Checkpoints at step boundaries, each written whole or not at all."""
 
 import os
 import shutil
@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jsonargparse.typing import NonNegativeInt
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
-from gpt2_lightning.callbacks.steps import EveryNSteps
+from gpt2_lightning.callbacks.steps import StepCallback
 from gpt2_lightning.callbacks.validation import ValidationLoss
 from gpt2_lightning.checkpoints.ours import saved_steps, torch_load
 from gpt2_lightning.errors import UserError
@@ -19,7 +20,7 @@ from gpt2_lightning.module import GPTModule
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes beside the target, syncs, renames: a kill or a full disk leaves the file that was there before."""
+    """Writes beside the target, syncs and renames: a kill or a full disk leaves the previous file as it was."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | os.PathLike, storage_options: Any = None) -> None:
         try:
@@ -27,88 +28,71 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             with atomic_file(Path(path)) as file:
                 torch.save(checkpoint, file)
         except (OSError, RuntimeError) as error:
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, OSError):  # torch raises a RuntimeError after it
+                cause = cause.__context__
             raise UserError(
-                f"{path} cannot be written ({_reason(error)}): make room, or give this user the right to write there, "
-                "and run the same command again: what was saved before is whole"
+                f"{path} cannot be written ({cause or error}): free some space or correct the permissions, then run "
+                "the same command again; earlier checkpoints are whole"
             ) from None
 
     def load_checkpoint(self, path: str | os.PathLike, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        return torch_load(Path(path), mmap=False)  # the one that the command has looked at byte by byte
+        return torch_load(Path(path), mmap=False)
 
 
-def _reason(error: BaseException | None) -> str:
-    """The system's own words; torch's writer hides them behind an error of its own."""
-    said = str(error)
-    while error is not None:
-        if isinstance(error, OSError):
-            return error.strerror or said
-        error = error.__context__
-    return said
+class StepCheckpoint(StepCallback, Checkpoint):
+    """Saves ``checkpoints/step_<step>.ckpt``; ``last.ckpt`` and ``best.ckpt`` are links to (or copies of) two of them.
 
-
-class StepCheckpoint(EveryNSteps, Checkpoint):
-    """Saves ``checkpoints/step_<step>.ckpt``, and points ``last.ckpt`` and ``best.ckpt`` beside it at the right ones.
-
-    ``best`` is the one with the lowest ``val/loss`` of those that were saved at a step with a validation.
+    ``best`` has the lowest ``val/loss`` of those that were saved at a step with a validation.
 
     Args:
         every_n_steps: optimizer steps between two checkpoints; the last step always has one; 0 = off.
-        keep: how many ``step_*.ckpt`` stay, the newest; 0 = all. Each takes 12 bytes a parameter, with AdamW.
+        keep: how many ``step_*.ckpt`` to keep, the newest; 0 = all. With AdamW each takes 12 bytes per parameter.
     """
 
     evaluates = False
-    section = "checkpoint"
     label = "checkpoints"
 
-    def __init__(self, every_n_steps: int = 1000, keep: int = 0) -> None:
+    def __init__(self, every_n_steps: NonNegativeInt = 1000, keep: NonNegativeInt = 0) -> None:
         super().__init__(every_n_steps)
-        if keep < 0 or keep == 1:
-            raise UserError(
-                f"checkpoint.keep is {keep}: give 0 for all, or at least 2, so that there is one to go on from if the "
-                "newest is damaged"
-            )
-        self.keep = keep
-        self.ckpt_path: str | None = None  # what the user typed, for the next start to know
+        if keep == 1:
+            raise UserError("checkpoint.keep is 1: keep at least 2 (or 0 for all), in case the newest is damaged")
+        self.keep: int = keep
+        self.ckpt_path: str | None = None  # the command's --ckpt_path, which the next start compares with its own
         self.best_val_loss = float("inf")
+        self.metrics: dict[str, float] = {}
         self.resumed: dict[str, Any] | None = None
 
     def run(self, trainer: Trainer, module: GPTModule, step: int) -> None:
-        if step == 0:
-            return
         for logger in trainer.loggers:
-            logger.save()  # what was logged up to here is on disk before a checkpoint says that it is done
+            logger.save()  # the metrics up to this step must be on disk before its checkpoint is
         val_loss = self._val_loss(trainer, step)
-        best = val_loss < self.best_val_loss
-        if best:  # not where it is nan
+        best = val_loss < self.best_val_loss  # False for nan
+        if best:
             self.best_val_loss = val_loss
         folder = Path(trainer.default_root_dir) / "checkpoints"
         path = folder / f"step_{step:06d}.ckpt"
         trainer.save_checkpoint(path)
         if trainer.is_global_zero:
             if best:
-                _point(folder / "best.ckpt", path)
-            _point(folder / "last.ckpt", path)
-            # last and best are names, or copies, of their own
-            for old in self._up_to(path)[: -self.keep] if self.keep else ():
+                _link(folder / "best.ckpt", path)
+            _link(folder / "last.ckpt", path)
+            saved = saved_steps(folder)
+            # later ones are of a run that went back to an earlier checkpoint: they are not older than this one
+            for old in saved[: saved.index(path) + 1][: -self.keep] if self.keep else ():
                 old.unlink()
         trainer.strategy.barrier("checkpoint")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Looks at a validation that a signal had put off until now, of the checkpoint that we go on from."""
         super().on_train_start(trainer, pl_module)
+        # a validation that a stopped run left to this one may make the checkpoint we resume from the best
         folder = Path(trainer.default_root_dir) / "checkpoints"
         path = folder / f"step_{trainer.global_step:06d}.ckpt"
         val_loss = self._val_loss(trainer, trainer.global_step)
         if val_loss < self.best_val_loss and path.exists():
             self.best_val_loss = val_loss
             if trainer.is_global_zero:
-                _point(folder / "best.ckpt", path)
-
-    @staticmethod
-    def _up_to(path: Path) -> list[Path]:
-        """A run that went back to an earlier checkpoint has later ones beside it, which are not this one's past."""
-        saved = saved_steps(path.parent)
-        return saved[: saved.index(path) + 1]
+                _link(folder / "best.ckpt", path)
 
     @staticmethod
     def _val_loss(trainer: Trainer, step: int) -> float:
@@ -119,26 +103,28 @@ class StepCheckpoint(EveryNSteps, Checkpoint):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self.resumed = checkpoint
-        checkpoint["callbacks"].pop("Timer", None)  # trainer.max_time is of each start, or none would get on after it
+        self.metrics = checkpoint.get("metrics", {})
+        # trainer.max_time limits each start; restored, it would stop a resumed run at once
+        checkpoint["callbacks"].pop("Timer", None)
         self._rewrite_progress(trainer)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._rewrite_progress(trainer)  # AutoMicroBatch may have changed the accumulation
-        # now, not at the first step: until then the processes would wait for each other in different places
+        self._rewrite_progress(trainer)  # AutoMicroBatch may have changed the accumulation since
+        # checked before the first step, where ranks at different steps would wait for each other forever
         step = torch.tensor(self.resumed["global_step"] if self.resumed else 0, device=pl_module.device)
         latest, earliest = (int(trainer.strategy.reduce(s, reduce_op="max")) for s in (step, -step))
         if latest != -earliest:
             raise UserError(
-                f"some processes go on from step {latest} and others from {-earliest}: run_dir has to be a folder that "
-                "all nodes share"
+                f"some processes resume from step {latest} and others from {-earliest}: run_dir has to be a folder "
+                "that all nodes share"
             )
         self.resumed = None
 
     def _rewrite_progress(self, trainer: Trainer) -> None:
-        """Lightning's counters as they stand in the middle of its one epoch, after the step that was saved.
+        """Set Lightning's counters to the middle of its one epoch, after the step that was saved.
 
-        They count micro-batches, which need not be those of the run that saved, and a run that was stopped, or had
-        fewer ``max_steps``, saved them as those of an epoch that is over.
+        They count micro-batches, whose number per step may have changed; and a run that was stopped, or had a smaller
+        ``max_steps``, has saved its epoch as complete.
         """
         if self.resumed is None:
             return
@@ -149,11 +135,13 @@ class StepCheckpoint(EveryNSteps, Checkpoint):
         progress = loop["epoch_loop.batch_progress"]
         progress["is_last_batch"] = False
         for count in (progress["total"], progress["current"]):
-            # as a save inside on_train_batch_end leaves them: the last batch is processed, not yet completed
+            # as Lightning saves them in on_train_batch_end: the last batch is processed but not completed
             count.update(ready=batches, started=batches, processed=batches, completed=batches - 1)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        seed = os.environ.get("PL_GLOBAL_SEED")  # of seed_everything, which the weights were drawn with
+        seed = os.environ.get("PL_GLOBAL_SEED")  # set by seed_everything, which the initial weights depend on
+        self.metrics = self.metrics | {name: float(value) for name, value in trainer.callback_metrics.items()}
+        checkpoint["metrics"] = self.metrics
         checkpoint["optimizer"] = type(trainer.optimizers[0]).__name__
         checkpoint["seed_everything"] = None if seed is None else int(seed)
         checkpoint["ckpt_path"] = self.ckpt_path
@@ -163,15 +151,15 @@ class StepCheckpoint(EveryNSteps, Checkpoint):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        self.best_val_loss = state_dict.get("best_val_loss", float("inf"))
+        self.best_val_loss = state_dict["best_val_loss"]
 
 
-def _point(name: Path, path: Path) -> None:
-    """Makes ``name`` another name of ``path``, or a copy where the file system has no hard links."""
-    link = name.with_name(name.name + ".partial")
-    link.unlink(missing_ok=True)
+def _link(name: Path, path: Path) -> None:
+    """Make ``name`` a hard link to ``path``, or a copy where the file system has none; atomically."""
+    partial = name.with_name(name.name + ".partial")
+    partial.unlink(missing_ok=True)
     try:
-        os.link(path, link)
+        os.link(path, partial)
     except OSError:
-        shutil.copyfile(path, link)
-    os.replace(link, name)
+        shutil.copyfile(path, partial)
+    os.replace(partial, name)

@@ -3,32 +3,35 @@
 from typing import Any
 
 import torch
+from jsonargparse.typing import NonNegativeInt
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 
-from gpt2_lightning.callbacks.steps import EveryNSteps, record
-from gpt2_lightning.evals.hellaswag import Examples, Score, Style, evaluate, load_examples, render
-from gpt2_lightning.module import GPTModule
+from gpt2_lightning.callbacks.steps import StepCallback
+from gpt2_lightning.evals.hellaswag import ExampleSet, Style, evaluate, load_examples, render
+from gpt2_lightning.evals.scores import Score
+from gpt2_lightning.module import GPTModule, record
 from gpt2_lightning.tokenizer import VOCAB_SIZE
 
 
-class HellaSwag(EveryNSteps):
-    """Scores the plain model, the rows dealt out to the ranks.
+class HellaSwag(StepCallback):
+    """Scores the model on HellaSwag, each rank a share of the examples.
 
     Logs ``hellaswag/acc`` and ``hellaswag/acc_norm`` in ``nanogpt`` style, ``hellaswag_harness/…`` in ``harness``
-    style: the two are not to meet in one chart.
+    style, so that the two do not share a chart.
 
     Args:
         every_n_steps: optimizer steps between two evaluations; 0 = off.
-        style: nanogpt (build-nanogpt's completion style) or harness (lm-evaluation-harness); they differ by 1.6 points.
-        path: HellaSwag's .jsonl file; null asks the Hugging Face hub, and uses the built-in questions where there is
-            none; ``builtin`` asks nobody.
+        style: nanogpt (build-nanogpt's completion style) or harness (lm-evaluation-harness); GPT-2 (124M) scores 1.6
+            points higher in the latter.
+        path: HellaSwag's .jsonl file, or ``builtin`` for the few examples of this package; null downloads HellaSwag
+            from the Hugging Face hub, and uses the builtin examples if it cannot.
     """
 
-    section = "hellaswag"
     label = "HellaSwag"
 
-    def __init__(self, every_n_steps: int = 250, style: Style = "nanogpt", path: str | None = None) -> None:
+    def __init__(self, every_n_steps: NonNegativeInt = 250, style: Style = "nanogpt", path: str | None = None) -> None:
         super().__init__(every_n_steps)
         self.style: Style = style
         self.path = path
@@ -38,20 +41,25 @@ class HellaSwag(EveryNSteps):
         assert isinstance(pl_module, GPTModule)
         if self.every_n_steps == 0:
             return
-        if pl_module.model.config.vocab_size < VOCAB_SIZE:
-            pl_module.print(
-                f"HellaSwag is off: it needs GPT-2's BPE, and model.config.vocab_size="
-                f"{pl_module.model.config.vocab_size} is below {VOCAB_SIZE}"
-            )
+        vocab_size = pl_module.model.config.vocab_size
+        if vocab_size < VOCAB_SIZE:
+            pl_module.print(f"HellaSwag is off: vocab_size={vocab_size} is below GPT-2's {VOCAB_SIZE}")
             self.every_n_steps = 0
             return
-        if self.path is None:  # one rank asks the hub, for it may answer one and not another
-            asked: Any = load_examples() if trainer.is_global_zero else None
-            self.examples: Examples = trainer.strategy.broadcast(asked)
+        if self.path is None:  # rank 0 asks the hub, which may answer one rank and not another
+            loaded: Any = load_examples() if trainer.is_global_zero else None
+            self.examples: ExampleSet = trainer.strategy.broadcast(loaded)
         else:
             self.examples = load_examples(self.path)
-        render(self.examples.rows[0], self.style)  # rows that lack what the style needs are refused now, not at step 0
+        render(self.examples.examples[0], self.style)  # raises now, not at the end of training, if a field is missing
         pl_module.print(f"HellaSwag: {self.examples.tag}{self.examples.note and f' ({self.examples.note})'}")
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.every_n_steps > 0 and trainer.is_global_zero:
+            for logger in trainer.loggers:
+                if isinstance(logger, TensorBoardLogger):  # scores of different sets cannot be compared
+                    logger.experiment.add_text(f"{self.tag}/examples", self.examples.tag, 0)
+        super().on_train_start(trainer, pl_module)
 
     def run(self, trainer: Trainer, module: GPTModule, step: int) -> None:
         score = self.score(trainer, module)
@@ -66,9 +74,9 @@ class HellaSwag(EveryNSteps):
             pl_module.print(self.describe(score))
 
     def score(self, trainer: Trainer, module: GPTModule) -> Score:
-        """The score over all ranks, added up as integers."""
+        """The score over all ranks: their counts are added, so it does not depend on how many there are."""
         with trainer.precision_plugin.val_step_context():
-            mine = evaluate(
+            on_this_rank = evaluate(
                 module.model,
                 self.examples,
                 self.style,
@@ -76,8 +84,9 @@ class HellaSwag(EveryNSteps):
                 world_size=trainer.world_size,
                 progress=trainer.is_global_zero and trainer.progress_bar_callback is not None,
             )
-        counts = torch.tensor([mine.n, mine.correct, mine.correct_norm], device=module.device)
-        return Score(*trainer.strategy.reduce(counts, reduce_op="sum").tolist())
+        counts = [on_this_rank.n, on_this_rank.correct, on_this_rank.correct_norm]
+        total = trainer.strategy.reduce(torch.tensor(counts, device=module.device), reduce_op="sum")
+        return Score(*total.tolist())
 
     def values(self, score: Score) -> dict[str, float]:
         return {f"{self.tag}/acc": score.acc, f"{self.tag}/acc_norm": score.acc_norm}
@@ -89,5 +98,5 @@ class HellaSwag(EveryNSteps):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """With what was scored, for an export's model card."""
+        """With the set of examples, for the model card of an export."""
         return super().state_dict() | ({"examples": self.examples.tag} if self.every_n_steps else {})

@@ -1,7 +1,6 @@
 """The progress bar: optimizer steps, not micro-batches."""
 
 import sys
-import time
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -10,14 +9,14 @@ from tqdm import tqdm
 
 
 class StepProgressBar(ProgressBar):
-    """Step, loss and tokens/s of the last logged step; redrawn twice a second, every 10 s where nobody watches."""
+    """Shows the step, and loss and tokens/s of the last logged step."""
 
     def __init__(self) -> None:
         super().__init__()
         self.bar: tqdm | None = None
         self.is_enabled = True
 
-    def disable(self) -> None:  # Lightning does so on all ranks but the first
+    def disable(self) -> None:  # called by Lightning on all ranks but the first
         self.is_enabled = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -26,22 +25,19 @@ class StepProgressBar(ProgressBar):
             initial=trainer.global_step,
             unit="step",
             desc="training",
-            mininterval=0.5 if sys.stderr.isatty() else 10.0,
             dynamic_ncols=True,
             disable=not self.is_enabled,
         )
-        self.bar._time = time.monotonic  # its own, the wall clock, may jump
-        self.bar.start_t = self.bar.last_print_t = time.monotonic()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         assert self.bar is not None
-        done = trainer.global_step - self.bar.n
-        if done and "train/loss" in trainer.callback_metrics:
+        new_steps = trainer.global_step - self.bar.n
+        if new_steps and "train/tokens_per_sec" in trainer.callback_metrics:
             loss, rate = (float(trainer.callback_metrics[f"train/{name}"]) for name in ("loss", "tokens_per_sec"))
             self.bar.set_postfix_str(f"loss {loss:.4f}, {rate:,.0f} tokens/s", refresh=False)
-        self.bar.update(done)
+        self.bar.update(new_steps)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._close()

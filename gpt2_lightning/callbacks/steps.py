@@ -5,10 +5,10 @@ from abc import ABC, abstractmethod
 from contextlib import nullcontext
 from typing import Any
 
+from jsonargparse.typing import NonNegativeInt
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from gpt2_lightning.callbacks.signals import stop_signal
-from gpt2_lightning.errors import UserError
 from gpt2_lightning.module import GPTModule
 from gpt2_lightning.sharding import gathered
 
@@ -18,45 +18,36 @@ def is_due(step: int, every_n_steps: int, max_steps: int) -> bool:
     return every_n_steps > 0 and (step % every_n_steps == 0 or step == max_steps)
 
 
-def record(trainer: Trainer, values: dict[str, float], step: int) -> None:
-    """Writes ``values`` at ``step`` to all loggers, and where Lightning's callbacks that monitor a metric look."""
-    for logger in trainer.loggers:
-        logger.log_metrics(values, step)
-    trainer.callback_metrics.update(values)  # type: ignore[arg-type]
+class StepCallback(Callback, ABC):
+    """Calls ``run`` after each N-th optimizer step (not micro-batch) and after the last, once each, also over a resume.
 
-
-class EveryNSteps(Callback, ABC):
-    """Calls ``run`` after 0, N, 2N … optimizer steps and after the last, once each, also across a resume. 0 = off.
-
-    What is due when a signal stops the run is done first thing by the run that goes on; after the last step none does.
+    Args:
+        every_n_steps: N; 0 = never.
     """
 
     evaluates = True
-    """Whether it evaluates, which can wait while a signal stops the run, and needs the whole model on each rank."""
+    """Whether it evaluates the model. Then it also runs before the first step, has the whole model on each rank, and is
+    left to the resumed run if a signal stops this one."""
 
-    section = "trainer.callbacks"
-    """The section of a recipe that its settings stand in."""
+    label: str | None = None
+    """Its name in the ``time:`` line at the end of a run. None counts its time as training time."""
 
-    label = "other callbacks"
-    """What it is called where ``TimeSpent`` tells what a run's time went into."""
-
-    def __init__(self, every_n_steps: int) -> None:
-        if every_n_steps < 0:
-            raise UserError(
-                f"{self.section}.every_n_steps is {every_n_steps}: give a number of optimizer steps, or 0 for never"
-            )
-        self.every_n_steps = every_n_steps
+    def __init__(self, every_n_steps: NonNegativeInt) -> None:
+        self.every_n_steps: int = every_n_steps
         self.last_step = -1
-        """The step count that ``run`` was last called at."""
+        """Number of optimizer steps at the last call of ``run``."""
         self.seconds = 0.0
-        """Time spent in ``run``, which is not training time."""
+        """Time spent in ``run``."""
 
     @abstractmethod
     def run(self, trainer: Trainer, module: GPTModule, step: int) -> None:
-        """What there is to do after ``step`` optimizer steps."""
+        """What to do after ``step`` optimizer steps."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._run_if_due(trainer, pl_module)
+        if self.evaluates:
+            self._run_if_due(trainer, pl_module)
+        else:
+            self.last_step = trainer.global_step
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -64,7 +55,7 @@ class EveryNSteps(Callback, ABC):
         self._run_if_due(trainer, pl_module, last=trainer.should_stop)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._run_if_due(trainer, pl_module, last=True)  # trainer.max_time or a user's callback may end it early
+        self._run_if_due(trainer, pl_module, last=True)  # e.g. trainer.max_time ended it early
 
     def _run_if_due(self, trainer: Trainer, module: LightningModule, last: bool = False) -> None:
         step = trainer.global_step

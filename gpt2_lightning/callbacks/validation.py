@@ -1,42 +1,32 @@
-"""Validation loss at a cadence of its own: Lightning's counts micro-batches and knows neither step 0 nor the last."""
+"""Validation loss during training: when it is measured. See ``evals/validation.py`` for what is measured."""
 
+from jsonargparse.typing import NonNegativeInt, PositiveInt
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
-from gpt2_lightning.callbacks.steps import EveryNSteps, record
-from gpt2_lightning.errors import UserError
-from gpt2_lightning.module import GPTModule
+from gpt2_lightning.callbacks.steps import StepCallback
+from gpt2_lightning.evals.validation import validation_loss
+from gpt2_lightning.module import GPTModule, record
 
 
-class ValidationLoss(EveryNSteps):
-    """Logs ``val/loss``, nats per token, by Lightning's own validation loop.
+class ValidationLoss(StepCallback):
+    """Logs ``val/loss`` in nats per token.
 
     Args:
-        every_n_steps: optimizer steps between two of them; 0 = off.
-        tokens: how many tokens of the validation split it is measured on, over all devices (at most what is there).
+        every_n_steps: optimizer steps between two validations; 0 = off.
+        tokens: number of tokens to validate on, over all devices (at most those of the validation split).
     """
 
-    section = "validation"
     label = "validation"
 
-    def __init__(self, every_n_steps: int = 250, tokens: int = 10485760) -> None:
+    def __init__(self, every_n_steps: NonNegativeInt = 250, tokens: PositiveInt = 10485760) -> None:
         super().__init__(every_n_steps)
-        if tokens < 1:
-            raise UserError(f"validation.tokens is {tokens}: give at least 1, or validation.every_n_steps=0 for never")
-        self.tokens = tokens
+        self.tokens = tokens  # for the command line, which passes it to the data module
 
     def run(self, trainer: Trainer, module: GPTModule, step: int) -> None:
-        if trainer.limit_val_batches == 0:  # type: ignore[attr-defined]
-            return
-        connector = trainer._logger_connector
-        first_loop_iter = connector._first_loop_iter  # these lines are Lightning's own around the same call
-        trainer.validating = True
-        # before the first step of a resumed run the loop would go on where the last one before the checkpoint ended
-        trainer.fit_loop.epoch_loop.val_loop.restarting = False
-        trainer.fit_loop.epoch_loop.val_loop.run()
-        trainer.training = True
-        connector._first_loop_iter = first_loop_iter
-        loss = trainer.callback_metrics["val/loss"].item()
+        batches = trainer.datamodule.val_dataloader()  # type: ignore[attr-defined]
+        with trainer.precision_plugin.val_step_context():
+            loss = validation_loss(lambda ids: module.next_token_loss(ids.long()), batches, module.device)
         record(trainer, {"val/loss": loss}, step)
         module.print(f"step {step:5d} | val/loss {loss:.4f}")
 

@@ -1,1 +1,4 @@
-"""Model weights on disk: `load` opens them, `export` writes them, one file a format."""
+"""Weights on disk: ``load`` reads any format, ``export`` writes one for other programs.
+
+One file per format: ours (Lightning's checkpoints), Hugging Face's folders, llm.c's ``.bin``.
+"""

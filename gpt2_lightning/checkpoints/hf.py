@@ -1,22 +1,26 @@
-"""Hugging Face's GPT-2 format: the key maps both ways, and reading, from a folder or the hub."""
+"""Hugging Face's GPT-2 format: parameter names, reading from a folder or the hub, and writing a folder."""
 
 import json
-import re
+import os
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from gpt2_lightning import __version__
 from gpt2_lightning.checkpoints.ours import torch_load
 from gpt2_lightning.errors import UserError
-from gpt2_lightning.model import GPTConfig
+from gpt2_lightning.model import GPT, GPTConfig
+from gpt2_lightning.tokenizer import END_OF_TEXT, VOCAB_SIZE, get_tokenizer
 
 # Conv1D in HF, which stores (in, out); nn.Linear stores (out, in)
 _TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-# what our network is, as config.json spells it; an absent key has the first value. A GPT-2 with another is not ours
+# keys of config.json that would change the network, and the values that describe ours; the first is HF's default
 _FIXED: dict[str, tuple[Any, ...]] = {
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
     "layer_norm_epsilon": (1e-5,),
@@ -25,21 +29,26 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "add_cross_attention": (False,),
     "tie_word_embeddings": (True,),
 }
-# the shape of a config.json that does not tell it: GPT-2 (124M)
+# HF's defaults for keys that config.json may omit
 _DEFAULT_SHAPE = {"n_positions": 1024, "vocab_size": 50257, "n_layer": 12, "n_head": 12, "n_embd": 768}
-# the files that may hold the weights, in the order of preference
-_WEIGHT_FILES = (
+_WEIGHT_FILES = (  # in order of preference
     "model.safetensors",
     "model.safetensors.index.json",
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+_EXPORTED_BY = f"gpt2_lightning {__version__}"
+_PARTIAL = ".partial"
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt")
+
+
+# -- parameter names ---------------------------------------------------------------------------------------------------
 
 
 def from_hf(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """HF's names and orientation → ours. With or without the ``transformer.`` prefix; mask buffers left out.
+    """HF's names and orientation → ours. Accepts names with and without ``transformer.``, and drops mask buffers.
 
-    The values are views; the head is left out where it equals the embedding, to which it is tied.
+    The tensors are views. The head is dropped if it equals the embedding, to which it is tied.
     """
     named = {name.removeprefix("transformer."): tensor for name, tensor in state.items()}
     head = named.get("lm_head.weight")
@@ -53,7 +62,7 @@ def from_hf(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def to_hf(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Our names and orientation → ``GPT2LMHeadModel``'s, without the tied head: the inverse of ``from_hf``."""
+    """Our names and orientation → ``GPT2LMHeadModel``'s, without the tied head. The inverse of ``from_hf``."""
     return {
         name: (t.t() if name.endswith(_TRANSPOSED) else t).contiguous()
         for name, t in state.items()
@@ -61,106 +70,273 @@ def to_hf(state: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
+# -- reading -----------------------------------------------------------------------------------------------------------
+
+
 def read_folder(folder: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
-    """Configuration and weights, under our names, of a folder as ``save_pretrained`` writes it.
+    """Config and weights, by our names, of a folder as ``save_pretrained`` writes it.
 
     Raises:
-        ValueError: no ``config.json``, another architecture, no weights, a missing or damaged file.
+        UserError: a file is missing or damaged, or the architecture is not GPT-2's.
     """
     if not (folder / "config.json").is_file():
-        raise UserError(f"{folder} holds no config.json, so it is no model folder: give that, or a checkpoint file")
+        raise UserError(f"{folder} has no config.json, so it is not a model folder: give one, or a checkpoint file")
     return _read_config(folder / "config.json"), from_hf(_read_weights(folder))
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in ``path``; a ``ValueError`` where there is none."""
+def download(name: str, revision: str | None) -> Path:
+    """Downloads a model from the hub, unless it is in the cache, and returns its folder there.
+
+    Raises:
+        UserError: there is no such model, or no connection to the hub.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    safetensors = ["config.json", "model*.safetensors", "model.safetensors.index.json"]
+    torch_files = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON ({error}): it is damaged") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} does not hold a JSON object: it is damaged")
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=safetensors))
+        if not any(folder.glob("*.safetensors")):
+            snapshot_download(name, revision=revision, allow_patterns=torch_files)
+    except (OSError, HfHubHTTPError, HFValidationError) as error:
+        at = f" at revision {revision}" if revision else ""
+        raise UserError(
+            f"{name} is not a local path, and the Hugging Face hub does not provide it{at} "
+            f"({str(error).splitlines()[0]}): check the name and the connection, log in with `hf auth login`, "
+            "or give a folder"
+        ) from None
+    return folder
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: it is not valid JSON ({error})") from None
     return content
 
 
 def _read_config(path: Path) -> GPTConfig:
-    config = read_json(path)
+    config = _read_json(path)
     if config.get("model_type") != "gpt2":
         raise UserError(f"{path} describes the architecture {config.get('model_type')!r}: only 'gpt2' can be loaded")
-    for key, allowed in _FIXED.items():
-        if config.get(key, allowed[0]) not in allowed:
-            raise UserError(f"{path} has {key} = {config[key]!r}: GPT-2 as published has {allowed[0]!r}")
     shape = {key: config.get(key, default) for key, default in _DEFAULT_SHAPE.items()}
-    if wrong := [f"{key} = {value!r}" for key, value in shape.items() if type(value) is not int]:
-        raise UserError(f"{path} has {', '.join(wrong)}, where a whole number belongs: it is damaged")
-    if config.get("n_inner") not in (None, 4 * shape["n_embd"]):
-        raise UserError(
-            f"{path} has n_inner = {config['n_inner']!r}: GPT-2 as published has 4 · n_embd = {4 * shape['n_embd']}"
-        )
+    fixed = _FIXED | {"n_inner": (4 * shape["n_embd"], None)}
+    for key, allowed in fixed.items():
+        if config.get(key, allowed[0]) not in allowed:
+            raise UserError(f"{path} has {key} = {config[key]!r}: GPT-2 has {allowed[0]!r}")
     return GPTConfig(block_size=shape.pop("n_positions"), **shape)
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
     name = next((name for name in _WEIGHT_FILES if (folder / name).is_file()), None)
     if name is None:
-        raise UserError(
-            f"{folder} holds no weights: expected {_WEIGHT_FILES[0]}, {_WEIGHT_FILES[2]} or an index of shards"
-        )
+        raise UserError(f"{folder} has no weights: expected {', '.join(_WEIGHT_FILES)}")
     if not name.endswith(".index.json"):
         return _read_weight_file(folder / name)
-    index = read_json(folder / name)
-    if not isinstance(index.get("weight_map"), dict):
-        raise UserError(f"{folder / name} has no weight_map: it is damaged")
-    shards = index["weight_map"].values()
-    for shard in shards:  # a name with a separator in it could lead out of the folder
-        if not isinstance(shard, str) or not re.fullmatch(r"\w[\w.-]*", shard):
-            raise UserError(f"{folder / name} lists {shard!r}, which is no file's name: it is damaged")
     state: dict[str, Tensor] = {}
-    for shard in sorted(set(shards)):
-        if not (folder / shard).is_file():
-            raise UserError(f"{folder / shard} is missing, although {name} lists it: fetch the model again")
-        state |= _read_weight_file(folder / shard)
+    for file in sorted(set(_read_json(folder / name)["weight_map"].values())):
+        if Path(file).name != file:
+            raise UserError(f"{folder / name} lists {file}, which is not the name of a file in this folder")
+        if not (folder / file).is_file():
+            raise UserError(f"{folder / file} is missing, although {name} lists it: download the model again")
+        state |= _read_weight_file(folder / file)
     return state
 
 
 def _read_weight_file(path: Path) -> dict[str, Tensor]:
-    if path.suffix == ".safetensors":
-        try:
-            return load_file(path)
-        except SafetensorError as error:
-            raise UserError(f"{path} is damaged or cut short ({error}): fetch or export it again") from None
-    state = torch_load(path)
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(f"{path} is a torch file, but not one of weights by name")
-    return state
+    if path.suffix != ".safetensors":
+        state: dict[str, Tensor] = torch_load(path)
+        return state
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise UserError(f"{path} is damaged or truncated ({error}): download or export it again") from None
 
 
-def download(name: str, revision: str | None) -> Path:
-    """Folder of the hub's model ``name`` in the local cache, fetched where it is missing.
+# -- writing -----------------------------------------------------------------------------------------------------------
+
+
+def write_folder(
+    model: GPT, out: Path, dtype: torch.dtype = torch.float32, metrics: Mapping[str, str] | None = None
+) -> None:
+    """Writes ``model`` as a folder that ``AutoModelForCausalLM`` and ``AutoTokenizer`` open without a network.
+
+    Everything is written into a temporary folder first, then renamed into place. An earlier export in ``out`` is
+    replaced, other files there stay. There are no tokenizer files if the vocabulary is not GPT-2's.
+
+    Args:
+        metrics: rows of the model card's table, name → value.
 
     Raises:
-        ValueError: there is no such model, or no connection to the hub.
+        UserError: ``out`` is a file, or a folder with files but no earlier export, or the weights cannot be written.
     """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    _check_out(out)
+    config = _config_json(model.config, dtype)
+    state = to_hf({name: t.detach().cpu().to(dtype) for name, t in model.state_dict().items()})
+    state["transformer.wte.weight"] = state["transformer.wte.weight"][: config["vocab_size"]].contiguous()
+    texts = {"config.json": _json(config), "README.md": _model_card(out.resolve().name, model, config, metrics or {})}
+    if config["vocab_size"] == VOCAB_SIZE:
+        texts |= _tokenizer_files(model.config.block_size)
 
+    partial = out / _PARTIAL
+    shutil.rmtree(partial, ignore_errors=True)  # from an export that was killed
+    partial.mkdir(parents=True)
     try:
-        folder = Path(
-            snapshot_download(
-                name,
-                revision=revision,
-                allow_patterns=["config.json", "model*.safetensors", "model.safetensors.index.json"],
-            )
-        )
-        if not any(folder.glob("*.safetensors")):
-            snapshot_download(
-                name, revision=revision, allow_patterns=["pytorch_model*.bin", "pytorch_model.bin.index.json"]
-            )
-    except (OSError, HfHubHTTPError, HFValidationError) as error:
-        reason = str(error).splitlines()[0]
-        of = f" at revision {revision}" if revision else ""
-        raise UserError(
-            f"{name} is no path here, and the Hugging Face hub does not give it{of} ({reason}): check the name and the "
-            "connection, log in with `hf auth login`, or give a folder"
-        ) from None
-    return folder
+        save_file(state, partial / "model.safetensors", metadata={"format": "pt"})
+        for name, text in texts.items():
+            (partial / name).write_text(text, encoding="utf-8", newline="\n")
+        shutil.copymode(partial / "config.json", partial / "model.safetensors")  # safetensors makes it 0600
+        for file in partial.iterdir():
+            with file.open("rb+") as written:
+                os.fsync(written.fileno())
+        for file in list(partial.iterdir()):
+            os.replace(file, out / file.name)
+        for name in set(_TOKENIZER_FILES) - set(texts):  # left by an earlier export with GPT-2's vocabulary
+            (out / name).unlink(missing_ok=True)
+    except SafetensorError as error:  # safetensors wraps the system's error, such as a full disk
+        raise UserError(f"{out} cannot be written ({error}): free some space and run the same command again") from None
+    finally:
+        shutil.rmtree(partial)
+
+
+def _check_out(out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file: name a new folder to export to")
+    if not out.is_dir() or all(entry.name == _PARTIAL for entry in out.iterdir()):
+        return
+    config = out / "config.json"
+    if not config.is_file() or "exported_by" not in _read_json(config):
+        raise UserError(f"{out} contains files that are not an earlier export and could be lost: name a new folder")
+
+
+def _config_json(config: GPTConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """The content of ``config.json``. The vocabulary has no padding: at most GPT-2's 50,257 rows."""
+    vocab_size = min(config.vocab_size, VOCAB_SIZE)
+    end_of_text = END_OF_TEXT if vocab_size == VOCAB_SIZE else None
+    return {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        "exported_by": _EXPORTED_BY,  # marks the folder as one that a later export may replace
+        "activation_function": "gelu_new",
+        "attn_pdrop": 0.0,
+        "bos_token_id": end_of_text,
+        "dtype": str(dtype).removeprefix("torch."),
+        "embd_pdrop": 0.0,
+        "eos_token_id": end_of_text,
+        "initializer_range": 0.02,
+        "layer_norm_epsilon": 1e-5,
+        "n_embd": config.n_embd,
+        "n_head": config.n_head,
+        "n_inner": None,
+        "n_layer": config.n_layer,
+        "n_positions": config.block_size,
+        "resid_pdrop": 0.0,
+        "tie_word_embeddings": True,
+        "vocab_size": vocab_size,
+    }
+
+
+def _json(content: Mapping[str, Any]) -> str:
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+
+
+def _tokenizer_files(block_size: int) -> dict[str, str]:
+    """GPT-2's BPE in the files of ``tokenizers`` and ``transformers``, made from our own tokenizer: name → text."""
+    encoding = get_tokenizer()
+    characters = _byte_characters()
+    tokens = [encoding.decode_single_token_bytes(rank) for rank in range(END_OF_TEXT)]
+    ranks = {token: rank for rank, token in enumerate(tokens)}
+
+    def spell(token: bytes) -> str:
+        return "".join(characters[byte] for byte in token)
+
+    end_of_text = "<|endoftext|>"
+    vocab = {spell(token): rank for token, rank in ranks.items()} | {end_of_text: END_OF_TEXT}
+    # ranks 0-255 are the bytes, then each rank is one merge
+    merges = [" ".join(map(spell, _merge(token, ranks))) for token in tokens[256:]]
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    added = {"id": END_OF_TEXT, "content": end_of_text, "single_word": False, "lstrip": False, "rstrip": False}
+    tokenizer = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [added | {"normalized": False, "special": True}],
+        "normalizer": None,
+        "pre_tokenizer": byte_level,
+        "post_processor": byte_level | {"trim_offsets": False},
+        "decoder": byte_level,
+        "model": {"type": "BPE", "vocab": vocab, "merges": merges},
+    }
+    settings = {
+        "tokenizer_class": "GPT2Tokenizer",
+        "model_max_length": block_size,
+        "add_prefix_space": False,
+        "bos_token": end_of_text,
+        "eos_token": end_of_text,
+        "unk_token": end_of_text,
+    }
+    merges_txt = "\n".join(["#version: 0.2", *merges, ""])
+    texts = (_json(tokenizer), _json(settings), json.dumps(vocab, ensure_ascii=False), merges_txt)
+    return dict(zip(_TOKENIZER_FILES, texts, strict=True))
+
+
+def _byte_characters() -> dict[int, str]:
+    """GPT-2's character for each byte: itself if it is printable Latin-1, otherwise the next one from U+0100 on."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in printable]
+    return {byte: chr(byte) for byte in printable} | {byte: chr(0x100 + i) for i, byte in enumerate(others)}
+
+
+def _merge(token: bytes, ranks: Mapping[bytes, int]) -> list[bytes]:
+    """The two tokens that are merged into ``token``: its byte-pair encoding, stopped before the last merge."""
+    parts = [token[i : i + 1] for i in range(len(token))]
+    while len(parts) > 2:
+        i = min(range(len(parts) - 1), key=lambda i: ranks.get(parts[i] + parts[i + 1], len(ranks)))
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+    return parts
+
+
+def _model_card(name: str, model: GPT, config: Mapping[str, Any], metrics: Mapping[str, str]) -> str:
+    c = model.config
+    padding = (c.vocab_size - config["vocab_size"]) * c.n_embd
+    shape = {
+        "parameters": f"{model.num_parameters() - padding:,}",
+        "n_layer, n_head, n_embd": f"{c.n_layer}, {c.n_head}, {c.n_embd}",
+        "context": f"{c.block_size:,} tokens",
+        "vocabulary": f"{config['vocab_size']:,}",
+        "stored as": config["dtype"],
+    }
+    rows = "\n".join(f"| {what} | {value} |" for what, value in (shape | dict(metrics)).items())
+    if config["vocab_size"] == VOCAB_SIZE:
+        ids = f'AutoTokenizer.from_pretrained("{name}")("The meaning of life is", return_tensors="pt").input_ids'
+        note = "The tokenizer is GPT-2's. Every training document begins with `<|endoftext|>`."
+    else:
+        ids = "torch.tensor([[1, 2, 3]])"
+        note = "The vocabulary is not GPT-2's, so the folder has no tokenizer: the model takes token ids."
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [gpt2, gpt2_lightning]
+---
+
+# {name}
+
+A GPT-2 in the format of `transformers`, exported by {_EXPORTED_BY}.
+
+| | |
+|---|---|
+{rows}
+
+{note}
+
+```python
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{name}")
+ids = {ids}
+print(model.generate(ids, max_new_tokens=50, do_sample=True, top_k=50))
+```
+"""

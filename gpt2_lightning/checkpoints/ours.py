@@ -1,4 +1,4 @@
-"""What ``torch.save`` wrote, opened: nothing in it is executed, and damage is told in a sentence."""
+"""Our checkpoints, as Lightning writes them with ``torch.save``. Reading one never runs code from it."""
 
 import pickle
 import zipfile
@@ -6,69 +6,93 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from gpt2_lightning.errors import UserError
+from gpt2_lightning.model import GPTConfig
 
-PARTS = {"state_dict", "optimizer_states", "lr_schedulers", "loops", "callbacks", "global_step", "hyper_parameters"}
-"""What a run needs of its checkpoint to go on."""
+MAGIC_BYTES = b"PK\x03\x04"  # torch.save writes a zip archive
+RUN_KEYS = {"state_dict", "optimizer_states", "lr_schedulers", "loops", "callbacks", "global_step", "hyper_parameters"}
+"""Keys that a checkpoint needs to resume a run from it."""
+
+
+def read_weights(path: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
+    """Config and memory-mapped weights of a checkpoint, by GPT's parameter names without the tied head.
+
+    Raises:
+        UserError: the file is damaged, or not one of our checkpoints.
+    """
+    checkpoint = torch_load(path)
+    try:
+        config = GPTConfig(**checkpoint["hyper_parameters"]["config"])
+        entries = checkpoint["state_dict"].items()
+    except (KeyError, TypeError, AttributeError):
+        raise UserError(
+            f"{path} is not a checkpoint of gpt2_lightning: it lacks state_dict or hyper_parameters.config; "
+            "give one that `gpt2 fit` wrote, or a model folder"
+        ) from None
+    state = {name.removeprefix("model."): tensor for name, tensor in entries if name.startswith("model.")}
+    state.pop("lm_head.weight", None)  # tied to transformer.wte.weight
+    return config, state
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint to resume from, every byte of it compared with its checksum: torch itself does not look at them.
+    """A checkpoint to resume from. Checks the CRC of every byte, which torch does not.
 
     Raises:
-        ValueError: there is none, it is not a run's, or it is damaged; then with the newest beside it that is whole.
+        UserError: there is no such file, it is not a run's checkpoint, or it is damaged; the message then names the
+            newest undamaged one beside it.
     """
     if not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
-        raise UserError(f"{path} {what}: correct ckpt_path, or leave it out")
+        raise UserError(f"{path} is not a file: correct ckpt_path, or leave it out")
     damage = _damage(path)
     if damage is not None:
-        before = [p for p in saved_steps(path.parent) if not p.samefile(path)]
-        whole = next((p for p in reversed(before) if _damage(p) is None), None)
-        mend = f"go on from the one before it, --ckpt_path {whole}" if whole else "start anew in another run_dir"
-        raise UserError(f"{path} is damaged ({damage}): {mend}")
+        others = [other for other in saved_steps(path.parent) if not other.samefile(path)]
+        whole = next((other for other in reversed(others) if _damage(other) is None), None)
+        fix = f"resume from the one before it, --ckpt_path {whole}" if whole else "start anew in another run_dir"
+        raise UserError(f"{path} is damaged ({damage}): {fix}")
     checkpoint = torch_load(path, mmap=False)
     if not (
         isinstance(checkpoint, dict)
-        and checkpoint.keys() >= PARTS
+        and checkpoint.keys() >= RUN_KEYS
         and "config" in (checkpoint["hyper_parameters"] or {})
     ):
-        raise UserError(f"{path} is no checkpoint of a gpt2_lightning run: to start from its weights, use init_from")
+        raise UserError(f"{path} is not a checkpoint of a run: to start from its weights, use model.init_from")
     return checkpoint
 
 
 def saved_steps(folder: Path) -> list[Path]:
-    """The ``step_*.ckpt`` of a folder, the earliest first; from the millionth step on their names are longer."""
+    """The ``step_*.ckpt`` files of a folder, earliest first. Names grow longer from step 1,000,000 on."""
     return sorted(folder.glob("step_*.ckpt"), key=lambda path: (len(path.name), path.name))
 
 
-def _damage(path: Path) -> str | None:
-    """What is wrong with a file that ``torch.save`` wrote, or None."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            broken = archive.testzip()
-    except PermissionError:
-        raise
-    except Exception as error:  # what a damaged archive raises depends on the byte
-        return str(error) or type(error).__name__
-    return broken and f"the checksum of {broken} does not fit"
-
-
 def torch_load(path: Path, mmap: bool = True) -> Any:
-    """What ``torch.save`` wrote, on the CPU, memory-mapped or read: tensors and plain values only, no code is run.
+    """What ``torch.save`` wrote, on the CPU. Loads tensors and plain values only.
 
     Raises:
-        ValueError: the file is damaged, or asks for more than plain values.
+        UserError: the file is damaged, or contains other objects.
     """
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError:
         raise UserError(
-            f"{path} holds more than tensors and plain values: it is not a file of ours, and stays shut"
+            f"{path} holds more than tensors and plain values, and loading it could run code: "
+            "give a checkpoint that `gpt2 fit` wrote, or safetensors"
         ) from None
-    except Exception as error:  # what a damaged pickle raises depends on the byte
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    except Exception as error:  # the exception depends on which byte is damaged
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"{path} is damaged or cut short ({reason}): take an earlier checkpoint or fetch it again"
+            f"{path} is damaged or truncated ({reason}): use an earlier checkpoint, or fetch it again"
         ) from None
+
+
+def _damage(path: Path) -> str | None:
+    """What is wrong with the zip archive, or None."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()
+    except PermissionError:
+        raise
+    except Exception as error:  # the exception depends on which byte is damaged
+        return str(error) or type(error).__name__
+    return broken and f"wrong checksum of {broken}"

@@ -1,1 +1,4 @@
-"""Evaluations as functions: tensors and models in, numbers out. When to call them is in callbacks/."""
+"""Evaluations: HellaSwag and the validation loss. Models and tensors in, numbers out.
+
+When to evaluate is decided in ``callbacks/``.
+"""

@@ -1,225 +1,172 @@
-"""Log-likelihoods of completions, many in one forward pass: token ids and tensors in, numbers out.
+"""Log-likelihoods of completions, many in one forward pass.
 
-A question is one sequence: its context once, then each completion, which sees the context and itself and takes up the
-positions where the context ended. Several questions share a sequence of fixed length, several sequences a batch, and
-the head runs only where a completion is scored.
+A request is one stretch of tokens: the context once, then each completion. A completion attends to the context and to
+itself, and its positions continue where the context ended. Several requests are packed into a sequence of fixed length,
+several sequences into a batch, and the head computes logits only where a completion is scored.
 """
 
-import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
+import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
-_HEAD_ROWS = 512  # logits at a time: 512 × 50,304 in fp32 are 103 MB, and enough rows for a GPU's matmul
-_ROUNDING = 1e-5  # relative; log-likelihoods in fp32 differ by 5e-7 between batches and between packages
+from gpt2_lightning.model import GPT
+
+_SEQUENCE_LENGTH = 512  # fits one long HellaSwag example or six short ones: 98% full, and attention stays cheap
+_HEAD_ROWS = 512  # positions per head matmul: 512 × 50,304 fp32 logits are 103 MB, and enough to keep a GPU busy
 
 
 @dataclass(frozen=True)
-class Question:
-    """A context of at least one token, and completions of at least one token each, all of which are scored whole."""
+class Request:
+    """A context of at least one token, and completions of at least one token each."""
 
     context: tuple[int, ...]
     completions: tuple[tuple[int, ...], ...]
 
     @property
     def packed_length(self) -> int:
-        """Tokens that it takes in a sequence: a completion's last token predicts nothing, so that stays out."""
+        """Tokens it takes in a sequence. A completion's last token predicts nothing, so it is left out."""
         return len(self.context) + sum(len(completion) - 1 for completion in self.completions)
 
 
 @dataclass(frozen=True)
-class Batch:
-    """Packed questions: B sequences of T tokens, and N scored tokens, completion after completion."""
+class PackedBatch:
+    """Packed requests: B sequences of T tokens, and N scored tokens in the order of the completions."""
 
-    questions: tuple[int, ...]
-    """Index of each question in here, in the order of their completions below."""
+    requests: tuple[int, ...]
+    """Index of each request in this batch."""
     idx: Tensor
     """Token ids (B, T)."""
     positions: Tensor
     """Position of each token in its own context and completion (B, T)."""
     segment: Tensor
-    """Number of the context or completion that a token belongs to, its own in the sequence; -1 is padding (B, T)."""
+    """Number of the context or completion a token belongs to, within its sequence; -1 is padding (B, T)."""
     parent: Tensor
-    """Segment of the context that a token sees besides its own segment (B, T)."""
+    """Segment of the context that a token may attend to besides its own segment (B, T)."""
     source: Tensor
-    """Where each scored token is predicted from, in the flattened (B·T) batch (N,)."""
+    """Index into the flattened (B·T) batch of the position that predicts each scored token (N,)."""
     target: Tensor
     """Scored token ids (N,)."""
 
-    def to(self, device: torch.device) -> "Batch":
+    def to(self, device: torch.device) -> "PackedBatch":
         tensors = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, Tensor)}
-        return Batch(questions=self.questions, **tensors)
+        return PackedBatch(requests=self.requests, **tensors)
 
     def mask(self) -> Tensor:
-        """What each token may see, boolean (B, 1, T, T): its own segment and its context, up to itself."""
+        """Boolean attention mask (B, 1, T, T): a token sees its own segment and its context, up to itself."""
         key = self.segment[:, None, :]
         sees = (key == self.segment[:, :, None]) | (key == self.parent[:, :, None])
         return sees.tril()[:, None]  # (B, 1, T, T)
 
 
-def pack(questions: Sequence[Question], sequence_length: int, batch_tokens: int) -> Iterator[Batch]:
-    """All questions once, in batches of at most ``batch_tokens`` tokens (or one sequence, where that is longer).
+@torch.no_grad()
+def completion_losses(
+    model: GPT, requests: Sequence[Request], vocab_size: int, batch_tokens: int, progress: str | None = None
+) -> list[list[float]]:
+    """Negative log-likelihood of each completion of each request, summed over its tokens, in nats.
 
-    A sequence is ``sequence_length`` tokens, or the next power of two where a single question needs more, so that a
-    whole evaluation knows only a few shapes. The longest questions come first: what fits at all fits the first batch.
+    Args:
+        model: scores on its own device, in its current mode, under the caller's autocast.
+        requests: none longer than the model's ``block_size`` from its context to the end of any completion.
+        vocab_size: the softmax runs over the first ``vocab_size`` columns of the logits; the rest is padding.
+        batch_tokens: tokens in one forward pass.
+        progress: label of a progress bar on stderr; None shows no bar.
     """
-    order = sorted(range(len(questions)), key=lambda i: questions[i].packed_length)
-    lengths = [questions[i].packed_length for i in order]
-    sequences: list[tuple[int, list[int]]] = []  # (T, questions)
-    while order:
-        T = sequence_length if lengths[-1] <= sequence_length else 1 << (lengths[-1] - 1).bit_length()
-        members: list[int] = []
-        room = T
-        while fits := bisect_right(lengths, room):  # best fit: the longest one that still goes in
-            room -= lengths.pop(fits - 1)
-            members.append(order.pop(fits - 1))
-        sequences.append((T, members))
-    for T, group in groupby(sequences, key=lambda sequence: sequence[0]):
-        rows = [members for _, members in group]
-        B = max(1, batch_tokens // T)
-        for start in range(0, len(rows), B):
-            yield _collate(questions, rows[start : start + B], T)
+    device = model.lm_head.weight.device
+    order: list[int] = []
+    losses: list[Tensor] = []  # stay on the device, so that the CPU packs the next batch while this one runs
+    with tqdm(total=len(requests), desc=progress, unit="example", leave=False, disable=progress is None) as bar:
+        for packed in pack(requests, min(_SEQUENCE_LENGTH, batch_tokens), batch_tokens):
+            batch = packed.to(device)
+            hidden = model.hidden(batch.idx, batch.positions, batch.mask())
+            losses.append(token_losses(hidden, model.lm_head, batch, vocab_size))
+            order += batch.requests
+            bar.update(len(batch.requests))
+    if not losses:
+        return []
+    # float64 on the CPU: the sum of a completion does not depend on the others in its batch
+    lengths = [len(completion) for i in order for completion in requests[i].completions]
+    sums = iter([part.sum().item() for part in torch.cat(losses).cpu().double().split(lengths)])
+    by_request = {i: [next(sums) for _ in requests[i].completions] for i in order}
+    return [by_request[i] for i in range(len(requests))]
 
 
-def _collate(questions: Sequence[Question], rows: list[list[int]], T: int) -> Batch:
-    idx, positions, segment, parent = [], [], [], []
-    source: list[int] = []
-    target: list[int] = []
-    for b, members in enumerate(rows):
-        ids: list[int] = []
-        place: list[int] = []
-        own: list[int] = []
-        context: list[int] = []
-        n_segments = 0
-        for i in members:
-            question = questions[i]
-            n, seen = len(question.context), n_segments
-            last = b * T + len(ids) + n - 1  # the context's last token predicts every completion's first
-            ids += question.context
-            place += range(n)
-            own += [seen] * n
-            context += [seen] * n
-            n_segments += 1
-            for completion in question.completions:
-                m = len(completion) - 1
-                source += [last, *range(b * T + len(ids), b * T + len(ids) + m)]
-                target += completion
-                ids += completion[:-1]
-                place += range(n, n + m)
-                own += [n_segments] * m
-                context += [seen] * m
-                n_segments += 1
-        padding = T - len(ids)
-        idx.append(ids + [0] * padding)
-        positions.append(place + [0] * padding)
-        segment.append(own + [-1] * padding)
-        parent.append(context + [-1] * padding)
-    return Batch(
-        questions=tuple(i for members in rows for i in members),
-        idx=torch.tensor(idx),
-        positions=torch.tensor(positions),
-        segment=torch.tensor(segment),
-        parent=torch.tensor(parent),
-        source=torch.tensor(source),
-        target=torch.tensor(target),
-    )
-
-
-def token_losses(hidden: Tensor, head: Callable[[Tensor], Tensor], batch: Batch, vocab_size: int) -> Tensor:
+def token_losses(hidden: Tensor, head: Callable[[Tensor], Tensor], batch: PackedBatch, vocab_size: int) -> Tensor:
     """Negative log-likelihood of each scored token (N,), in fp32 and nats.
 
     Args:
         hidden: final hidden states (B, T, n_embd) of ``batch.idx``.
         head: hidden states (n, n_embd) → logits (n, at least vocab_size).
-        batch: what was scored.
-        vocab_size: the softmax is over the first so many columns; what lies beyond is padding of the embedding.
+        batch: what to score.
+        vocab_size: number of columns in the softmax.
     """
-    rows = hidden.flatten(0, 1)  # (B·T, n_embd)
+    flat = hidden.flatten(0, 1)  # (B·T, n_embd)
     losses = []
     for source, target in zip(batch.source.split(_HEAD_ROWS), batch.target.split(_HEAD_ROWS), strict=True):
-        logits = head(rows[source])[:, :vocab_size].float()  # (n, vocab_size)
+        logits = head(flat[source])[:, :vocab_size].float()  # (n, vocab_size)
         losses.append(logits.logsumexp(dim=1) - logits.gather(1, target[:, None]).squeeze(1))
     return torch.cat(losses)  # (N,)
 
 
-def completion_losses(losses: Tensor, lengths: Sequence[int]) -> list[float]:
-    """Token losses (N,), completion after completion → the summed loss of each, in nats; over its length: the mean."""
-    return [part.sum().item() for part in losses.cpu().double().split(list(lengths))]
+def pack(requests: Sequence[Request], sequence_length: int, batch_tokens: int) -> Iterator[PackedBatch]:
+    """Packs each request once, into batches of at most ``batch_tokens`` tokens (but at least one sequence).
+
+    A sequence has ``sequence_length`` tokens, or the next power of two if a single request needs more, so that a whole
+    evaluation has only a few shapes. The longest come first: if the first batch fits in memory, all do.
+    """
+    order = sorted(range(len(requests)), key=lambda i: requests[i].packed_length)
+    lengths = [requests[i].packed_length for i in order]
+    sequences: list[tuple[int, list[int]]] = []  # (T, requests)
+    while order:
+        T = sequence_length if lengths[-1] <= sequence_length else 1 << (lengths[-1] - 1).bit_length()
+        members: list[int] = []
+        room = T
+        while fits := bisect_right(lengths, room):  # best fit: the longest request that still fits
+            room -= lengths.pop(fits - 1)
+            members.append(order.pop(fits - 1))
+        sequences.append((T, members))
+    for T, group in groupby(sequences, key=lambda sequence: sequence[0]):
+        same_length = [members for _, members in group]
+        B = max(1, batch_tokens // T)
+        for start in range(0, len(same_length), B):
+            yield _collate(requests, same_length[start : start + B], T)
 
 
-@dataclass(frozen=True)
-class RowScore:
-    """What a model makes of one multiple-choice question."""
-
-    index: int
-    """Which row of the set."""
-    label: int
-    """Index of the right answer."""
-    log_likelihoods: tuple[float, ...]
-    """Of each answer, summed over its tokens, in nats."""
-    lengths: tuple[int, ...]
-    """What acc_norm divides them by: tokens, or characters."""
-
-    @property
-    def per_length(self) -> tuple[float, ...]:
-        """Log-likelihood over length; an answer without length never wins, as in numpy."""
-        return tuple(ll / n if n else -math.inf for ll, n in zip(self.log_likelihoods, self.lengths, strict=True))
-
-    @property
-    def prediction(self) -> int:
-        """Answer of the highest log-likelihood; the first of equals, as torch and numpy have it."""
-        return self.log_likelihoods.index(max(self.log_likelihoods))
-
-    @property
-    def prediction_norm(self) -> int:
-        """Answer of the highest log-likelihood per length; the first of equals."""
-        return self.per_length.index(max(self.per_length))
-
-    @property
-    def close(self) -> bool:
-        """Whether rounding alone may have picked one of the two winners."""
-        ranked = (sorted(scores) for scores in (self.log_likelihoods, self.per_length))
-        return any(math.isclose(scores[-1], scores[-2], rel_tol=_ROUNDING) for scores in ranked)
-
-
-@dataclass(frozen=True)
-class Score:
-    """Counts of right answers, so that the scores of ranks add up exactly."""
-
-    n: int = 0
-    """Rows."""
-    correct: int = 0
-    """Rows that the summed log-likelihood gets right."""
-    correct_norm: int = 0
-    """Rows that the normalised log-likelihood gets right."""
-
-    @staticmethod
-    def of(rows: Sequence[RowScore]) -> "Score":
-        return Score(
-            n=len(rows),
-            correct=sum(row.prediction == row.label for row in rows),
-            correct_norm=sum(row.prediction_norm == row.label for row in rows),
-        )
-
-    def __add__(self, other: "Score") -> "Score":
-        return Score(self.n + other.n, self.correct + other.correct, self.correct_norm + other.correct_norm)
-
-    @property
-    def acc(self) -> float:
-        return self.correct / self.n
-
-    @property
-    def acc_norm(self) -> float:
-        return self.correct_norm / self.n
-
-    @property
-    def stderr(self) -> float:
-        """Standard error of acc_norm, from the sample's variance (lm-evaluation-harness's)."""
-        return math.sqrt(self.acc_norm * (1 - self.acc_norm) / max(self.n - 1, 1))
-
-    def __str__(self) -> str:
-        return f"acc_norm {self.acc_norm:.4f} ± {self.stderr:.4f}, acc {self.acc:.4f} ({self.n} rows)"
+def _collate(requests: Sequence[Request], sequences: list[list[int]], T: int) -> PackedBatch:
+    B = len(sequences)
+    idx, positions = np.zeros((B, T), dtype=np.int64), np.zeros((B, T), dtype=np.int64)
+    segment, parent = np.full((B, T), -1), np.full((B, T), -1)
+    source: list[int] = []
+    target: list[int] = []
+    for b, members in enumerate(sequences):
+        start = n_segments = 0
+        for i in members:
+            n = len(requests[i].context)
+            last = b * T + start + n - 1  # the context's last token predicts the first token of every completion
+            context_segment = n_segments
+            pieces = [(requests[i].context, 0), *((completion[:-1], n) for completion in requests[i].completions)]
+            for tokens, position in pieces:
+                end = start + len(tokens)
+                idx[b, start:end] = tokens
+                positions[b, start:end] = range(position, position + len(tokens))
+                segment[b, start:end] = n_segments
+                parent[b, start:end] = context_segment
+                if position > 0:
+                    source += [last, *range(b * T + start, b * T + end)]
+                start, n_segments = end, n_segments + 1
+            for completion in requests[i].completions:
+                target += completion
+    return PackedBatch(
+        requests=tuple(i for members in sequences for i in members),
+        idx=torch.from_numpy(idx),
+        positions=torch.from_numpy(positions),
+        segment=torch.from_numpy(segment),
+        parent=torch.from_numpy(parent),
+        source=torch.tensor(source),
+        target=torch.tensor(target),
+    )

@@ -1,1 +1,1 @@
-"""The tools beside training, one command each: bench, plan, report, show."""
+"""Commands beside training: bench, plan, report and `prepare --show`. Each is a plain function that cli/ calls."""

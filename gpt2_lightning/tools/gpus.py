@@ -1,4 +1,4 @@
-"""GPUs by name: their memory, and the peak that a model FLOPs utilisation (MFU) is a share of."""
+"""GPUs by name: memory, and the peak FLOP/s that model FLOPs utilization (MFU) is relative to."""
 
 import re
 from dataclasses import dataclass
@@ -11,13 +11,13 @@ from gpt2_lightning.errors import UserError
 @dataclass(frozen=True)
 class GPU:
     name: str
-    """As typed after ``gpt2 plan --gpu``."""
+    """As given to ``gpt2 plan --gpu``."""
     device_name: str
-    """What torch calls it: a regular expression for the whole name."""
+    """Regular expression for the whole of ``torch.cuda.get_device_name()``."""
     memory_gb: float
-    """As sold; 1 GB of a card is 2**30 bytes."""
+    """As sold; 1 GB of GPU memory is 2**30 bytes."""
     peak_flops: float | None
-    """FLOP/s in bf16, without sparsity, sums in fp32; None where only the memory is known."""
+    """Dense bf16 FLOP/s with fp32 accumulation; None if only the memory is known."""
 
 
 GPUS = (
@@ -36,39 +36,30 @@ GPUS = (
     GPU("4090", "NVIDIA GeForce RTX 4090", 24, 165.2e12),
     GPU("5090", "NVIDIA GeForce RTX 5090", 32, 209.5e12),
 )
-"""From NVIDIA's data sheets, which print twice the figure where they count sparsity; the first that fits counts."""
+"""From NVIDIA's data sheets, which print twice the figure where they count sparsity. The first match wins."""
 
 SHORT_NAMES = {"a100": "a100-80"}
 
 
 def find_gpu(name: str) -> GPU:
-    """The GPU of this name, or one of which only the memory is known, from a size such as 24GB.
+    """The GPU of this name, such as ``h100``, or one of this much memory, such as ``24GB``.
 
     Raises:
-        ValueError: there is none, with those that there are.
+        UserError: the name is not known.
     """
     typed = name.lower()
     if size := re.fullmatch(r"(\d+(?:\.\d+)?) ?gi?b", typed):
-        if float(size[1]) == 0:
-            raise UserError(f"a GPU of {name} holds nothing: give its memory, such as 24GB")
         return GPU(name, "", float(size[1]), None)
-    found = next((gpu for gpu in GPUS if gpu.name == SHORT_NAMES.get(typed, typed)), None)
-    if found is None:
-        raise UserError(
-            f"no GPU {name!r} is known: choose from {', '.join(sorted([gpu.name for gpu in GPUS] + [*SHORT_NAMES]))}, "
-            "or give its memory, such as 24GB"
-        )
-    return found
+    for gpu in GPUS:
+        if gpu.name == SHORT_NAMES.get(typed, typed):
+            return gpu
+    known = ", ".join(sorted([*SHORT_NAMES, *(gpu.name for gpu in GPUS)]))
+    raise UserError(f"unknown GPU {name!r}: choose from {known}, or give the memory, such as 24GB")
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Dense bf16 peak of a device in FLOP/s, or None where it is not known."""
+    """Dense bf16 peak of a device in FLOP/s, or None if it is not known."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
     return next((gpu.peak_flops for gpu in GPUS if re.fullmatch(gpu.device_name, name)), None)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a device had too little memory: torch.OutOfMemoryError on CUDA, words alone on MPS and CPUs."""
-    return any(words in str(error) for words in ("out of memory", "can't allocate memory", "not enough memory"))

@@ -1,17 +1,17 @@
-"""Published figures to hold a run against, each with its source."""
+"""Published figures that the report draws beside a run, each with its source."""
 
 VAL_LOSS = {"GPT-2 124M": 3.2924}
-"""OpenAI's weights on the validation shard of FineWeb-EDU, nats per token (build-nanogpt); of no other data."""
+"""Loss of OpenAI's weights on the validation shard of FineWeb-EDU, nats per token (build-nanogpt)."""
 VAL_LOSS_SOURCE = "fineweb-edu"
-"""The ``data.source`` whose validation split that is."""
+"""The `data.source` with that validation shard."""
 
 HELLASWAG = {
     "hellaswag": {"GPT-2 124M": 0.2955, "GPT-3 124M": 0.337, "GPT-2 XL": 0.4893},
     "hellaswag_harness": {"GPT-2 124M": 0.3114, "GPT-2 XL": 0.5089},
 }
-"""acc_norm by the tag of its style, on all rows of the validation split: GPT-2 as build-nanogpt measured it in both
-styles, GPT-3 as its paper has it (Brown et al. 2020, table H.1)."""
+"""acc_norm on the whole validation split, by the tag of the style. GPT-2: measured by build-nanogpt in both styles.
+GPT-3: its paper (Brown et al. 2020, table H.1)."""
 HELLASWAG_EXAMPLES = 10042
-"""Rows of that split: a score of another number of rows is one of other questions."""
+"""Examples in that split. A score on fewer examples is not directly comparable."""
 CHANCE = 0.25
 """acc_norm of guessing one ending of four."""
