@@ -94,7 +94,14 @@ def loggers(run_dir: Path, resumed_step: int) -> list[Logger]:
     """TensorBoard's events and ``log.txt``, both in the run's folder: all starts of a run make one curve."""
     # a validation at the resumed step came before its checkpoint and stays; what came after is logged again
     purge_step = resumed_step + 1 if resumed_step else 0
-    events = TensorBoardLogger(run_dir.parent, run_dir.name, version="", default_hp_metric=False, purge_step=purge_step)
+    events = TensorBoardLogger(
+        run_dir.parent,
+        run_dir.name,
+        version="",
+        default_hp_metric=False,
+        purge_step=purge_step,
+        filename_suffix=f".start{len(list(run_dir.glob('events.out.tfevents.*')))}",  # orders them whatever the clock
+    )
     return [events, LogTxt(run_dir, resumed_step)]
 
 

@@ -193,7 +193,7 @@ def _draw_grad_norm(ax: "Axes", runs: NumberedRuns) -> None:
         _draw_references(ax, {"clipped at": float(clip)})
     ax.set_yscale("log")
     ax.yaxis.set_major_formatter("{x:g}")
-    ax.yaxis.set_minor_formatter("{x:g}" if np.ptp(np.log10(ax.get_ylim())) < 1.5 else "")
+    ax.yaxis.set_minor_formatter("{x:g}" if np.ptp(np.log10(ax.get_ylim())) < 1 else "")
 
 
 def _draw_speed(ax: "Axes", runs: NumberedRuns) -> None:

@@ -84,11 +84,7 @@ def plan(
     elif size == "auto":
         size = (fitting or sizes[:1])[-1]
     accumulate_grad_batches = accumulation(
-        data.total_batch_tokens,
-        size,
-        config.block_size,
-        world_size,
-        stages[0].step_tokens,
+        data.total_batch_tokens, size, config.block_size, world_size, start_tokens=stages[0].step_tokens
     )
     parts = memory(config, size, step)
     decayed, not_decayed = count_parameters(config)

@@ -18,7 +18,7 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from gpt2_lightning.__main__ import main
-from gpt2_lightning.data.prepare.documents import file_records
+from gpt2_lightning.data.prepare.documents import read_documents
 from gpt2_lightning.data.shards import write_shard
 
 RATES = {"AdamW": (5e-4, 1e-3, 2e-3, 4e-3, 8e-3), "Muon": (2e-3, 4e-3, 8e-3, 1.6e-2)}
@@ -28,7 +28,7 @@ TOTAL_BATCH_TOKENS = BLOCK_SIZE * MICRO_BATCH_SIZE
 
 def write_bytes(source: Path, shard: Path, n: int) -> None:
     """The first ``n`` bytes of the documents in a random order, a zero byte behind each, as tokens."""
-    documents = [text.encode() for text, _ in file_records(source, "text", 0) if isinstance(text, str)]
+    documents = [text.encode() for text, _ in read_documents(source, "text") if isinstance(text, str)]
     random.Random(0).shuffle(documents)
     write_shard(shard, np.frombuffer(b"\0".join(documents)[:n], dtype=np.uint8).astype(np.uint16))
 

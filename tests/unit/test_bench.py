@@ -14,6 +14,12 @@ TINY = GPTConfig(block_size=16, n_layer=1, n_head=1, n_embd=8)
 CPU = torch.device("cpu")
 
 
+@pytest.fixture(autouse=True)
+def fixed_limits(monkeypatch):
+    """The real measurement takes seconds."""
+    monkeypatch.setattr(bench, "limits", lambda *_, **__: {"matmul_flops": 1e9, "copy_bytes_per_sec": 2e9})
+
+
 def no_trainer(*args, **kwargs):
     raise AssertionError("no rung needs a trainer")
 
@@ -59,13 +65,14 @@ def test_result_and_table(monkeypatch):
     assert (flash["tokens_per_sec"], flash["times_faster"]) == (64.0, 2.0)
     assert tf32["skipped"] == "no TF32 on this device"
     assert found["shape"]["micro_batch_size"] == 2
-    assert found["limits"].keys() == {"matmul_flops", "copy_bytes_per_sec", "share_of_matmul"}
+    # FLOPs per token: 6 · (12·8² block weights + 50304·8 of the head) + 6·8·16 for causal attention
+    assert found["limits"]["share_of_matmul"] == pytest.approx(64 * 2_419_968 / 1e9)
     lines = table.getvalue().splitlines()
     assert lines[0].startswith("cpu: block_size=16")
     assert lines[2].startswith("fp32")
     assert lines[2].endswith("1000 ms")
     assert lines[3].endswith("skipped: no TF32 on this device")
-    assert lines[5].startswith("limits: a large matmul ")
+    assert lines[5].startswith("limits: a large matmul 0.001 TFLOP/s, a large copy 2 GB/s")
 
 
 def test_out_of_memory_halves_the_micro_batch(monkeypatch):

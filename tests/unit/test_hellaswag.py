@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from huggingface_hub import constants
 from huggingface_hub.errors import LocalEntryNotFoundError
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -392,21 +393,15 @@ def test_a_missing_or_empty_file_is_refused(tmp_path: Path) -> None:
 HUB_FILE = "data/validation-00000-of-00001.parquet"
 
 
-@pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache of huggingface_hub."""
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
 def write_split(path: Path) -> str:
     path.parent.mkdir(parents=True)
     pq.write_table(pa.Table.from_pylist([{**RECORD, "label": "1"}]), path)  # the hub's labels are strings
     return str(path)
 
 
-def test_a_cached_split_is_read_without_a_network(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    repository = cache / "datasets--Rowan--hellaswag"
+def test_a_cached_split_is_read_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    repository = tmp_path / "datasets--Rowan--hellaswag"
     commit = "0" * 40
     write_split(repository / "snapshots" / commit / HUB_FILE)
     (repository / "refs").mkdir()
@@ -430,7 +425,6 @@ def test_a_hub_that_answers_is_downloaded_from(tmp_path: Path, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("answer", ["never", "refuses", "fails later"])
-@pytest.mark.usefixtures("cache")
 def test_without_a_working_hub_the_builtin_examples_are_used_at_once(
     answer: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -442,6 +436,10 @@ def test_without_a_working_hub_the_builtin_examples_are_used_at_once(
         elif answer == "refuses":
             raise ConnectionError
 
+    def download(*args: Any, local_files_only: bool = False, **kwargs: Any) -> str:
+        raise LocalEntryNotFoundError("not cached") if local_files_only else ConnectionError("reset by peer")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", dataset_info)
     monkeypatch.setattr(hellaswag, "_HUB_SECONDS", 0.05)
     started = time.monotonic()

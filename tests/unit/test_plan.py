@@ -19,7 +19,7 @@ def recipe() -> Namespace:
     return Namespace(
         model=Namespace(**model, activation_checkpointing=False),
         data=Namespace(**data, batch_size_schedule=None),
-        trainer=Namespace(**trainer, precision="bf16-mixed", accumulate_grad_batches=1),
+        trainer=Namespace(**trainer, precision="bf16-mixed"),
     )
 
 

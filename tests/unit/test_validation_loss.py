@@ -23,16 +23,6 @@ def test_uneven_batches_count_by_their_tokens() -> None:
     assert validation_loss(first_id, batches, "cpu") == (2 * 12 + 5 * 4) / 16
 
 
-def test_the_ranks_states_add_up_to_the_mean_over_all_tokens() -> None:
-    ranks = [MeanLoss(), MeanLoss()]
-    ranks[0].update(torch.tensor(2.0), weight=12)
-    ranks[0].update(torch.tensor(5.0), weight=4)
-    ranks[1].update(torch.tensor(8.0), weight=4)
-    assert {reduce.__name__ for reduce in ranks[0]._reductions.values()} == {"dim_zero_sum"}
-    total, tokens = (sum(getattr(rank, state) for rank in ranks) for state in ("total", "tokens"))
-    assert total / tokens == (2 * 12 + 5 * 4 + 8 * 4) / 20
-
-
 def test_a_nan_is_not_dropped() -> None:
     mean = MeanLoss()
     mean.update(torch.tensor(1.0), weight=4)
