@@ -223,12 +223,10 @@ def set_accumulation(trainer: Trainer, data: TokenDataModule) -> None:
     """Let the Trainer accumulate as many micro-batches as make up a step.
 
     Raises:
-        UserError: ``trainer.accumulate_grad_batches`` is given and differs; or ``overfit_batches``,
-            ``limit_train_batches`` or ``fast_dev_run`` would end the epoch inside a step, where Lightning would make a
-            step of the micro-batches that it has.
+        UserError: the Trainer's own setting differs; or ``overfit_batches``, ``limit_train_batches`` or
+            ``fast_dev_run`` would end the epoch inside a step, which Lightning would make with fewer micro-batches.
     """
-    given: int = trainer.accumulate_grad_batches
-    accumulate = data.accumulate_grad_batches
+    given, accumulate = trainer.accumulate_grad_batches, data.accumulate_grad_batches
     if given not in (1, accumulate):
         raise UserError(
             f"trainer.accumulate_grad_batches={given} disagrees with data.total_batch_tokens="
@@ -242,10 +240,8 @@ def set_accumulation(trainer: Trainer, data: TokenDataModule) -> None:
             "trainer.max_steps instead"
         )
     if overfit % accumulate != 0:
-        one_micro_batch = data.micro_batch_size * data.train.block_size * trainer.world_size
         raise UserError(
-            f"trainer.overfit_batches={overfit} is not a whole number of steps of {accumulate} micro-batches: set "
-            f"data.total_batch_tokens to one micro-batch, {one_micro_batch}"
+            f"trainer.overfit_batches={overfit} is not a multiple of the {accumulate} micro-batches of a step"
         )
     trainer.accumulate_grad_batches = accumulate
 

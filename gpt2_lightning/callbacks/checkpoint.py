@@ -29,11 +29,12 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 torch.save(checkpoint, file)
         except (OSError, RuntimeError) as error:
             cause: BaseException | None = error
-            while cause is not None and not isinstance(cause, OSError):  # torch raises a RuntimeError after it
+            while cause is not None and not isinstance(cause, OSError):  # torch's RuntimeError comes after it
                 cause = cause.__context__
+            reason = cause.strerror if isinstance(cause, OSError) else error
             raise UserError(
-                f"{path} cannot be written ({cause or error}): free some space or correct the permissions, then run "
-                "the same command again; earlier checkpoints are whole"
+                f"{path} cannot be written ({reason}): make room or correct the permissions, then run the same command "
+                "again; earlier checkpoints are whole"
             ) from None
 
     def load_checkpoint(self, path: str | os.PathLike, *args: Any, **kwargs: Any) -> dict[str, Any]:

@@ -1,15 +1,15 @@
-"""Are the first losses of the compiled bf16 run those of the eager fp32 one, to within what bf16 does? Not a test.
+"""Whether the losses of compiled bf16 training equal those of eager fp32 to within the noise of bf16. Not a test.
 
-    python tests/bench_curve.py [steps] [configs/quickstart.yaml] [more flags of gpt2 fit]
+    python tests/benchmarks/bench_curve.py [steps] [configs/quickstart.yaml] [more flags of gpt2 fit]
 
-Three runs of `gpt2 fit`, each a process of its own, from one seed on the same tokens: eager in fp32 (without TF32),
-eager in bf16, compiled in bf16. How far the second is from the first is bf16's noise; the third may be twice as far, in
-the mean and at the worst step, or the exit code is 1. On one GPU of 80 GB:
+Runs `gpt2 fit` three times from one seed on the same tokens, each in a process of its own: eager in fp32 (without
+TF32), eager in bf16, compiled in bf16. The distance of the second from the first is bf16's noise. If the third is more
+than twice as far, in the mean or at the worst step, the exit code is 1. On one GPU of 80 GB:
 
-    python tests/bench_curve.py 100 configs/gpt2_124m.yaml --trainer.devices 1 --trainer.strategy auto \
+    python tests/benchmarks/bench_curve.py 100 configs/gpt2_124m.yaml --trainer.devices 1 --trainer.strategy auto \
         --data.source stdlib --data.root data/stdlib --data.total_batch_tokens 65536 --data.micro_batch_size 16
 
-Eager fp32 holds the logits of a micro-batch of 16 three times, 10 GB; steps and tokens do not depend on it.
+Eager fp32 holds the logits of a micro-batch of 16 three times, 10 GB. Steps and tokens do not depend on that size.
 """
 
 import os
@@ -18,6 +18,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+OFF = [f"--{section}.every_n_steps=0" for section in ("validation", "hellaswag", "samples", "checkpoint")]
 RUNS = {
     "eager fp32": ["--model.compile=false", "--trainer.precision=32-true"],
     "eager bf16": ["--model.compile=false", "--trainer.precision=bf16-mixed"],
@@ -26,28 +27,27 @@ RUNS = {
 
 
 def losses(log: str) -> list[float]:
-    """The train losses of a log.txt, in the order of the steps."""
+    """The training losses in a log.txt, in the order of the steps."""
     lines = [line.split() for line in log.splitlines()]
     return [float(value) for _, kind, value in lines if kind == "train"]
 
 
 def distance(a: list[float], b: list[float]) -> tuple[float, float]:
     """Mean and largest absolute difference of two curves."""
-    apart = [abs(x - y) for x, y in zip(a, b, strict=True)]
-    return sum(apart) / len(apart), max(apart)
+    differences = [abs(x - y) for x, y in zip(a, b, strict=True)]
+    return sum(differences) / len(differences), max(differences)
 
 
 def within_noise(exact: list[float], noisy: list[float], curve: list[float]) -> bool:
-    """Whether ``curve`` is at most twice as far from ``exact`` as ``noisy`` is, in the mean and at the worst."""
-    limits, found = distance(exact, noisy), distance(exact, curve)
-    return all(there <= 2 * limit for there, limit in zip(found, limits, strict=True))
+    """Whether ``curve`` is at most twice as far from ``exact`` as ``noisy`` is, in the mean and at the worst step."""
+    noise, found = distance(exact, noisy), distance(exact, curve)
+    return found[0] <= 2 * noise[0] and found[1] <= 2 * noise[1]
 
 
 def run(name: str, steps: int, recipe: str, more: list[str], folder: str) -> list[float]:
-    off = [f"--{section}.every_n_steps=0" for section in ("validation", "hellaswag", "samples", "checkpoint")]
-    flags = [f"--run_dir={folder}/{name}", f"--trainer.max_steps={steps}", *off, *more, *RUNS[name]]
+    flags = [f"--run_dir={folder}/{name}", f"--trainer.max_steps={steps}", *OFF, *more, *RUNS[name]]
     command = [sys.executable, "-m", "gpt2_lightning", "fit", f"--config={recipe}", *flags]
-    # fp32 as such: `fit` lets CUDA round the factors of its matmuls to TF32, unless NVIDIA's libraries are told not to
+    # real fp32: `fit` lets CUDA use TF32 matmuls, which this variable of NVIDIA's libraries overrides
     subprocess.run(command, check=True, env=os.environ | {"NVIDIA_TF32_OVERRIDE": "0"}, stdout=subprocess.DEVNULL)
     return losses((Path(folder) / name / "log.txt").read_text())
 
@@ -61,7 +61,7 @@ def main(steps: int = 100, recipe: str = "configs/quickstart.yaml", more: tuple[
         print(f"{step:>6} {exact[step]:12.6f} {compiled[step]:14.6f}")
     for name in ("eager bf16", "compiled bf16"):
         mean, largest = distance(exact, curves[name])
-        print(f"{name} is {mean:.6f} from eager fp32 in the mean of {steps} steps, {largest:.6f} at the most")
+        print(f"{name} differs from eager fp32 by {mean:.6f} in the mean of {steps} steps, {largest:.6f} at most")
     good = within_noise(exact, noisy, compiled)
     print(f"the compiled bf16 run is {'within' if good else 'NOT within'} bf16's noise of the eager fp32 one")
     return 0 if good else 1

@@ -1,6 +1,6 @@
-"""Greedy text from a GPT-2 of the 124M shape: with our cache, without it, and by transformers, in one run. Not a test.
+"""Greedy generation by a GPT-2 of the 124M shape: with our KV cache, without it, and by transformers. Not a test.
 
-python tests/bench_generate.py [new tokens] [rounds]
+python tests/benchmarks/bench_generate.py [new tokens] [rounds]
 """
 
 import sys
@@ -16,9 +16,9 @@ from gpt2_lightning.generate import generate
 from gpt2_lightning.model import GPT, GPTConfig
 
 
-def timed(what: Callable[[], Any]) -> tuple[float, Any]:
+def timed(function: Callable[[], Any]) -> tuple[float, Any]:
     started = time.perf_counter()
-    result = what()
+    result = function()
     return time.perf_counter() - started, result
 
 

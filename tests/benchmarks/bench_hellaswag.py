@@ -1,9 +1,9 @@
-"""HellaSwag's rows per second: ours against the one-row-at-a-time loop of the video, in turn, in one run. Not a test.
+"""HellaSwag examples per second: ours against the video's loop over single examples, alternating. Not a test.
 
-    python tests/bench_hellaswag.py HELLASWAG.jsonl [rows]
+    python tests/benchmarks/bench_hellaswag.py HELLASWAG.jsonl [examples]
 
-A GPT-2 of the 124M shape with random weights, fp32, on the GPU where there is one. The loop computes the context with
-each ending, and all logits.
+A GPT-2 of the 124M shape with random weights, in fp32, on a GPU if there is one. The loop computes the context again
+for each ending, and all logits.
 """
 
 import sys
@@ -12,20 +12,20 @@ import time
 import torch
 from torch.nn import functional as F
 
-from gpt2_lightning.evals.hellaswag import Example, Examples, load_examples, score_rows
+from gpt2_lightning.evals.hellaswag import Example, ExampleSet, load_examples, score_examples
 from gpt2_lightning.model import GPT, GPTConfig
 from gpt2_lightning.tokenizer import get_tokenizer
 
-PARTS = 4  # the two take turns, so that a noisy machine is noisy for both
+PARTS = 4  # the two alternate, so that a noisy machine affects both
 
 
 @torch.no_grad()
-def one_by_one(model: GPT, rows: list[Example]) -> list[tuple[int, int]]:
-    """The predictions by summed and by mean loss of each row, as the video's script makes them."""
+def one_by_one(model: GPT, examples: list[Example]) -> list[tuple[int, int]]:
+    """The predictions by summed and by mean loss for each example, computed as in the video's script."""
     encode = get_tokenizer().encode_ordinary
     predictions = []
-    for row in rows:
-        context, endings = encode(row.ctx), [encode(" " + ending) for ending in row.endings]
+    for example in examples:
+        context, endings = encode(example.ctx), [encode(" " + ending) for ending in example.endings]
         length = max(len(context) + len(ending) for ending in endings)
         tokens = torch.zeros(4, length, dtype=torch.long)
         mask = torch.zeros(4, length)
@@ -43,22 +43,22 @@ def one_by_one(model: GPT, rows: list[Example]) -> list[tuple[int, int]]:
 def main(path: str, count: int = 200) -> None:
     torch.manual_seed(0)
     model = GPT(GPTConfig(vocab_size=50257)).eval().to("cuda" if torch.cuda.is_available() else "cpu")
-    rows = load_examples(path).rows
-    chosen = list(rows[:: max(1, len(rows) // count)][:count])
+    examples = load_examples(path).examples
+    chosen = list(examples[:: max(1, len(examples) // count)][:count])
     one_by_one(model, chosen[:2])
-    score_rows(model, Examples(tuple(chosen[:2]), ""))
+    score_examples(model, ExampleSet(tuple(chosen[:2]), ""))
     loop, ours, same = 0.0, 0.0, 0
     for part in range(PARTS):
-        mine = chosen[part::PARTS]
+        examples = chosen[part::PARTS]
         started = time.perf_counter()
-        expected = one_by_one(model, mine)
+        expected = one_by_one(model, examples)
         between = time.perf_counter()
-        found = score_rows(model, Examples(tuple(mine), ""))
+        found = score_examples(model, ExampleSet(tuple(examples), ""))
         ended = time.perf_counter()
         loop, ours = loop + between - started, ours + ended - between
         same += sum(a == (b.prediction, b.prediction_norm) for a, b in zip(expected, found, strict=True))
     n = len(chosen)
-    print(f"{n} rows: loop {n / loop:.2f} rows/s, ours {n / ours:.2f} rows/s, ratio {loop / ours:.2f}; same {same}/{n}")
+    print(f"{n} examples: loop {n / loop:.2f}/s, ours {n / ours:.2f}/s, ratio {loop / ours:.2f}; same {same}/{n}")
 
 
 if __name__ == "__main__":

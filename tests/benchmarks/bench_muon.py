@@ -1,10 +1,10 @@
-"""Muon against AdamW at equal tokens, on any text as bytes: learning rates first, then seeds. Not a test.
+"""Muon against AdamW at the same number of tokens, on the bytes of any text. Not a test.
 
-    python tests/bench_muon.py TRAIN.jsonl[.xz] VAL.jsonl[.xz] [--steps 216] [--seeds 3] [--out bench_muon]
+    python tests/benchmarks/bench_muon.py TRAIN.jsonl[.xz] VAL.jsonl[.xz] [--steps 216] [--seeds 3] [--out bench_muon]
 
-Each optimizer's peak learning rate is the best of a few at a third of the length; with that, one run per seed of the
-whole length. Printed are the validation losses by step and the step at which Muon is first at or below what AdamW ends
-at. Runs are `gpt2 fit`'s and go on where they were cut; a whole one takes some eight minutes on one core.
+Each optimizer's peak learning rate is the best of a few in runs of a third of the length. With it, one run per seed is
+made in full. Prints the validation losses by step, and the step at which Muon first reaches the final loss of AdamW.
+The runs are `gpt2 fit`'s and resume if interrupted. A full one takes about eight minutes on one core.
 """
 
 import argparse
@@ -27,7 +27,7 @@ TOTAL_BATCH_TOKENS = BLOCK_SIZE * MICRO_BATCH_SIZE
 
 
 def write_bytes(source: Path, shard: Path, n: int) -> None:
-    """The first ``n`` bytes of the documents in a random order, a zero byte behind each, as tokens."""
+    """Write the first ``n`` bytes of the documents, in a random order and separated by zero bytes, as tokens."""
     documents = [text.encode() for text, _ in read_documents(source, "text") if isinstance(text, str)]
     random.Random(0).shuffle(documents)
     write_shard(shard, np.frombuffer(b"\0".join(documents)[:n], dtype=np.uint8).astype(np.uint16))
@@ -70,7 +70,7 @@ def recipe(args: argparse.Namespace, optimizer: str, lr: float, seed: int, steps
 
 
 def losses(args: argparse.Namespace, optimizer: str, lr: float, seed: int, steps: int) -> dict[int, float]:
-    """Validation loss by step of that run, made first where it is not there yet."""
+    """Validation loss by step of that run, which is made first if needed."""
     config = recipe(args, optimizer, lr, seed, steps)
     run_dir = Path(config["run_dir"])
     path = args.out / f"{run_dir.name}.yaml"
@@ -95,14 +95,14 @@ def compare(args: argparse.Namespace) -> None:
         ends = {lr: losses(args, optimizer, lr, 0, third)[third] for lr in rates}
         best[optimizer] = min(ends, key=ends.__getitem__)
         tried = ", ".join(f"{lr:g}: {end:.4f}" for lr, end in ends.items())
-        print(f"{optimizer} after {third} steps: {tried}; takes {best[optimizer]:g}", flush=True)
+        print(f"{optimizer} after {third} steps: {tried}; best: {best[optimizer]:g}", flush=True)
     shares = []
     for seed in range(1, args.seeds + 1):
         curves = {optimizer: losses(args, optimizer, lr, seed, args.steps) for optimizer, lr in best.items()}
         end = curves["AdamW"][args.steps]
         reached = next((step for step, loss in curves["Muon"].items() if loss <= end), None)
         shares.append(reached / args.steps if reached else float("inf"))
-        print(f"seed {seed}: AdamW ends at {end:.4f}, Muon is there at step {reached} of {args.steps}")
+        print(f"seed {seed}: AdamW ends at {end:.4f}, which Muon reaches at step {reached} of {args.steps}")
         print("  step    AdamW     Muon")
         for step, loss in curves["AdamW"].items():
             print(f"{step:6d} {loss:8.4f} {curves['Muon'][step]:8.4f}", flush=True)

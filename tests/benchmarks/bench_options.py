@@ -1,13 +1,13 @@
-"""What might make a training step faster, each alone, switched on and off in turn within one run of `fit`. Not a test.
+"""Options that might make a training step faster, each switched on and off within one run of `gpt2 fit`. Not a test.
 
-    python tests/bench_options.py [rounds] [configs/quickstart.yaml] [more flags of gpt2 fit]
+    python tests/benchmarks/bench_options.py [rounds] [configs/quickstart.yaml] [more flags of gpt2 fit]
 
-Every option alternates with the training path as it is, in blocks of steps of the same run, so that a noisy machine
-hits both alike. Printed is by how much the option makes the steps faster (median over the pairs of blocks, and
-quartiles), and on CUDA the peak memory with and without it; what is kept has to show 0.5 %, or to save memory. The
-loaders change hands as well: several stand by, each with its own workers, and a block reads from one of them. With
-`--trainer.devices 2 --trainer.strategy ddp` the options of DDP's wrapper and loop are tried too. `--only a,b` takes the
-options whose names hold one of these words. The last line is the share of the time that the loop waits for data.
+Each option alternates with the usual training step, in blocks of steps of the same run, so that a noisy machine affects
+both alike. Prints by how much the option makes the steps faster (median and quartiles over the pairs of blocks), and on
+CUDA the peak memory without and with it. An option is worth keeping if it gains 0.5 % or saves memory. Data loaders are
+among the options: several are prepared, each with its own workers, and each block reads from one of them. With
+`--trainer.devices 2 --trainer.strategy ddp` options of DDP are tried too. `--only a,b` selects the options whose names
+contain one of these words. The last line is the share of the time that the loop waits for data.
 """
 
 import gc
@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from bench_fit import OFF, reset_peak
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from torch.nn import functional as F
@@ -27,15 +28,15 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from gpt2_lightning.__main__ import main
-from gpt2_lightning.loss import LinearCrossEntropy, chunk_of
+from gpt2_lightning.loss import LinearCrossEntropy, tokens_per_chunk
 
-STEPS_PER_BLOCK, WARM_UP = 10, 3  # the first steps of a block compile, tune or fill caches, and are not counted
+STEPS_PER_BLOCK, WARM_UP = 10, 3  # the first steps of a block compile or fill caches, and are not counted
 
 Handle = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Loaders:
-    """Several loaders of the same batches; what comes next is the next of the one that is in use."""
+    """Several loaders of the same batches; the next batch comes from the one that is in use."""
 
     def __init__(self, usual: DataLoader[Any]) -> None:
         cuda = torch.cuda.is_available()
@@ -65,7 +66,7 @@ class Loaders:
     def __iter__(self) -> Iterator[Any]:
         started: dict[str, Iterator[Any]] = {}
         for _ in range(len(self)):
-            if self.in_use not in started:  # its workers begin when it is first used
+            if self.in_use not in started:  # its workers start when it is first used
                 started[self.in_use] = iter(self.by_name[self.in_use])
             yield next(started[self.in_use])
 
@@ -78,7 +79,7 @@ class Loaders:
 
 
 def ddp_with(trainer: Trainer, **settings: bool) -> Callable[[], Callable[[], None]]:
-    """The same module in another wrapper of DDP, made anew each time: an idle one with a static graph cannot stay."""
+    """The same module in another DDP wrapper, made anew each time: one with a static graph must not stay idle."""
     strategy: Any = trainer.strategy
     usual = strategy.model
 
@@ -87,7 +88,7 @@ def ddp_with(trainer: Trainer, **settings: bool) -> Callable[[], Callable[[], No
 
         def off() -> None:
             strategy.model = usual
-            gc.collect()  # its hooks go with it
+            gc.collect()  # also removes its hooks
 
         return off
 
@@ -95,13 +96,13 @@ def ddp_with(trainer: Trainer, **settings: bool) -> Callable[[], Callable[[], No
 
 
 def options(trainer: Trainer, module: Any, loaders: Loaders) -> dict[str, Callable[[], Callable[[], None]]]:
-    """By name: what switches an option on, and returns what switches it off again."""
+    """Name of an option → function that switches it on and returns one that switches it off."""
     device_type = trainer.strategy.root_device.type
     usual: Handle = module.next_token_loss
     compiled = hasattr(usual, "_torchdynamo_orig_callable")
 
     def handle(make: Callable[[], Handle]) -> Callable[[], Callable[[], None]]:
-        """Another way to compute the loss, made once, when it is first switched on."""
+        """Another way to compute the loss, built once, when it is first switched on."""
         made: list[Handle] = []
 
         def on() -> Callable[[], None]:
@@ -115,7 +116,7 @@ def options(trainer: Trainer, module: Any, loaders: Loaders) -> dict[str, Callab
         return torch.compile(module._next_token_loss, dynamic=False, options=settings)
 
     def attention(backend: SDPBackend) -> Handle:
-        # the backend is chosen while it is traced, so each has a handle of its own
+        # the backend is chosen during tracing, so each one is compiled by itself
         inner = torch.compile(module._next_token_loss, dynamic=False) if compiled else module._next_token_loss
 
         def next_token_loss(ids: torch.Tensor) -> torch.Tensor:
@@ -125,7 +126,7 @@ def options(trainer: Trainer, module: Any, loaders: Loaders) -> dict[str, Callab
         return next_token_loss
 
     def bf16_softmax(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        logits = F.linear(hidden, weight)  # bf16 by autocast, which would also have it cast to fp32 for the softmax
+        logits = F.linear(hidden, weight)  # in bf16; autocast would also cast it to fp32 for the softmax
         with torch.autocast(device_type, enabled=False):
             return F.cross_entropy(logits, targets)
 
@@ -159,7 +160,7 @@ def options(trainer: Trainer, module: Any, loaders: Loaders) -> dict[str, Callab
         loop._broadcast_sigterm_tensor = lambda: _TrainingEpochLoop._broadcast_sigterm_tensor(loop)
         return lambda: setattr(loop, "_broadcast_sigterm_tensor", ours)
 
-    chunk_tokens = chunk_of(module.model.config.vocab_size)
+    chunk_tokens = tokens_per_chunk(module.model.config.vocab_size)
     chunked = module.loss.chunk_tokens is not None
     found: dict[str, Callable[[], Callable[[], None]]] = {
         "nothing (the noise)": lambda: lambda: None,
@@ -186,13 +187,13 @@ def options(trainer: Trainer, module: Any, loaders: Loaders) -> dict[str, Callab
         found["Lightning's broadcast per micro-batch"] = lightnings_broadcast
         as_views = trainer.strategy.model.gradient_as_bucket_view  # type: ignore[union-attr]
         found[f"gradient_as_bucket_view={not as_views}"] = ddp_with(trainer, gradient_as_bucket_view=not as_views)
-        if trainer.accumulate_grad_batches == 1:  # with no_sync before the first synchronised backward torch asserts
+        if trainer.accumulate_grad_batches == 1:  # torch asserts if no_sync precedes the first synchronised backward
             found["static_graph"] = ddp_with(trainer, gradient_as_bucket_view=as_views, static_graph=True)
     return found
 
 
 class Alternate(Callback):
-    """Block by block: the path as it is, an option, the path as it is, the next option …"""
+    """Block by block: the usual step, an option, the usual step, the next option …"""
 
     def __init__(self, rounds: int, only: str = "") -> None:
         self.rounds = rounds
@@ -220,7 +221,7 @@ class Alternate(Callback):
         self.ended = time.perf_counter()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self.waited += time.perf_counter() - self.ended  # since the last batch ended: the loader, and the transfer
+        self.waited += time.perf_counter() - self.ended  # since the end of the last batch: loader and transfer
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -233,8 +234,7 @@ class Alternate(Callback):
             now = time.perf_counter()
             if step == WARM_UP:
                 self.began = now
-                if torch.cuda.is_available():
-                    torch.cuda.reset_peak_memory_stats()
+                reset_peak()
             elif block > 1:
                 self._note(self.queue[block - 2], now - self.began)
             if step == 0:
@@ -270,7 +270,6 @@ class Alternate(Callback):
 if __name__ == "__main__":
     rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 5
     recipe = sys.argv[2] if len(sys.argv) > 2 else "configs/quickstart.yaml"
-    off = [f"--{section}.every_n_steps=0" for section in ("validation", "hellaswag", "samples", "checkpoint")]
     with tempfile.TemporaryDirectory() as run_dir:
         more = sys.argv[3:]
         callback = ["--trainer.callbacks+=bench_options.Alternate", f"--trainer.callbacks.rounds={rounds}"]
@@ -278,5 +277,5 @@ if __name__ == "__main__":
             at = more.index("--only")
             callback.append(f"--trainer.callbacks.only={more[at + 1]}")
             del more[at : at + 2]
-        flags = ["--trainer.max_steps=100000", *off, f"--run_dir={run_dir}/run", *callback]
+        flags = ["--trainer.max_steps=100000", *OFF, f"--run_dir={run_dir}/run", *callback]
         raise SystemExit(main(["fit", f"--config={recipe}", *flags, *more]))

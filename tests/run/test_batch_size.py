@@ -14,17 +14,8 @@ from gpt2_lightning.model import GPTConfig
 from gpt2_lightning.module import GPTModule
 
 SCHEDULE = {"start_tokens": 32, "ramp_tokens": 300}
-TOKENS = [
-    32,
-    64,
-    96,
-    128,
-    192,
-    256,
-    320,
-    448,
-    576,
-]  # after each step: 4 of 32 (the line is at 64 after 100), 3 of 64, 128
+TOKENS = [32, 64, 96, 128, 192, 256, 320, 448, 576]
+"""After each step: 4 of 32 tokens (the line from 32 to 128 reaches 64 at 100 tokens), 3 of 64, then 128."""
 
 
 def test_a_batch_size_schedule_survives_resumes_and_other_micro_batches(

@@ -170,7 +170,7 @@ def test_one_batch_can_be_overfitted(fit):
     ("trainer", "message"),
     [
         ({"accumulate_grad_batches": 3}, "accumulate_grad_batches=3 disagrees with data.total_batch_tokens=128"),
-        ({"overfit_batches": 3}, "overfit_batches=3 is not a whole number of steps of 2 micro-batches"),
+        ({"overfit_batches": 3}, "overfit_batches=3 is not a multiple of the 2 micro-batches of a step"),
         ({"limit_train_batches": 3}, "set trainer.max_steps instead"),
         ({"fast_dev_run": True}, "set trainer.max_steps instead"),
     ],

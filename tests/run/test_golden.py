@@ -1,4 +1,4 @@
-"""``gpt2 fit`` gives the curve of build-nanogpt's own loop, and of a plain one, from the same weights and tokens."""
+"""``gpt2 fit`` gives the curves of build-nanogpt's loop, and of one written here, on the same weights and tokens."""
 
 import itertools
 import json
@@ -20,7 +20,7 @@ from gpt2_lightning.checkpoints.hf import from_hf
 GOLDEN = Path(__file__).parents[1] / "data" / "golden_fp32"
 
 
-def test_fit_reproduces_build_nanogpt(tmp_path, write_recipe, make_shards, read_scalars):
+def test_fit_gives_build_nanogpts_curve(tmp_path, write_recipe, make_shards, read_scalars):
     curve = json.loads((GOLDEN / "curve.json").read_text())
     root = make_shards(train=np.load(GOLDEN / "tokens_train.npy"), val=np.load(GOLDEN / "tokens_val.npy"))
     weights = {f"model.{name}": torch.from_numpy(value) for name, value in np.load(GOLDEN / "init.npz").items()}
@@ -60,12 +60,12 @@ def test_fit_reproduces_build_nanogpt(tmp_path, write_recipe, make_shards, read_
     # TensorBoard stores float32
     assert list(logged["train/lr"].values()) == [float(np.float32(point["lr"])) for point in curve["train"]]
     assert list(logged["val/loss"]) == [0, 20, 40, 60]
-    for step, loss in curve["val"][:3]:  # the reference's last was taken before its last update, ours comes after it
+    for step, loss in curve["val"][:3]:  # the reference validates before its last step, we after it
         assert logged["val/loss"][step] == pytest.approx(loss, rel=1e-6)
 
 
 def _plain_loop(model, train, val, sizes, T, lr, clip, decay, betas, warmup, min_lr, validate_every):
-    """Each step's (loss, norm, rate), and the validation losses: transformers' GPT-2, one batch for each whole step."""
+    """Each step's (loss, norm, lr), and the validation losses, of transformers' GPT-2 with one batch per step."""
     named = dict(model.named_parameters())
     groups = [
         {"params": [p for n, p in named.items() if n.endswith("bias") or ".ln_" in n], "weight_decay": 0.0},
@@ -73,34 +73,30 @@ def _plain_loop(model, train, val, sizes, T, lr, clip, decay, betas, warmup, min
     ]
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=betas, eps=1e-8)
 
-    def loss_of(windows):
-        ids = torch.tensor(np.stack(windows).astype(np.int64))
+    def loss_of(sequences):
+        ids = torch.tensor(np.stack(sequences).astype(np.int64))
         return F.cross_entropy(model(ids[:, :-1]).logits.flatten(0, 1), ids[:, 1:].flatten())
 
     def validation():
         with torch.no_grad():
             return loss_of([val[i * T : i * T + T + 1] for i in range((len(val) - 1) // T)]).item()
 
-    n_sequences, sample, points, validations = (len(train) - 1) // T, 0, [], {}
+    n_sequences, number, points, validations = (len(train) - 1) // T, 0, [], {}
     for step, tokens in enumerate(sizes):
         if step % validate_every == 0:
             validations[step] = validation()
-        windows = []
-        for _ in range(tokens // T):
-            start = sample % n_sequences * T
-            windows.append(train[start : start + T + 1])
-            sample += 1
-        loss = loss_of(windows)
+        starts = [(number + i) % n_sequences * T for i in range(tokens // T)]
+        number += tokens // T
+        loss = loss_of([train[start : start + T + 1] for start in starts])
         optimizer.zero_grad()
         loss.backward()
         norm = math.sqrt(sum(float(p.grad.double().square().sum()) for p in named.values()))
         if clip and norm > clip:
             for p in named.values():
                 p.grad *= clip / norm
-        rate = lr * (step + 1) / warmup if step < warmup else None
-        if rate is None:
-            ratio = (step - warmup) / (len(sizes) - warmup)
-            rate = min_lr + 0.5 * (1 + math.cos(math.pi * ratio)) * (lr - min_lr)
+        ratio = (step - warmup) / (len(sizes) - warmup)
+        cosine = min_lr + 0.5 * (1 + math.cos(math.pi * ratio)) * (lr - min_lr)
+        rate = lr * (step + 1) / warmup if step < warmup else cosine
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.step()
@@ -113,37 +109,26 @@ EXAMPLE = itertools.count()
 
 @settings(max_examples=6, phases=[Phase.generate], suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_any_run_is_a_loop_written_out_plainly(data, tmp_path, write_recipe, make_shards, read_scalars):
-    """Whatever the shape, the micro-batch, the accumulation, the ramp of the batch, the clipping and the intervals."""
+def test_any_run_equals_a_plain_loop(data, tmp_path, write_recipe, make_shards, read_scalars):
+    """For any shape, micro-batch, accumulation, batch-size schedule, clipping and intervals."""
     draw, name = data.draw, f"example{next(EXAMPLE)}"
-    T, V, heads, B, accumulate = (
-        draw(st.integers(least, most)) for least, most in ((1, 12), (5, 60), (1, 3), (1, 3), (1, 3))
-    )
-    config = {
-        "block_size": T,
-        "vocab_size": V,
-        "n_layer": draw(st.integers(1, 2)),
-        "n_head": heads,
-        "n_embd": 4 * heads,
-    }
+    T, V, B, accumulate = (draw(st.integers(*limits)) for limits in ((1, 12), (5, 60), (1, 3), (1, 3)))
+    layers, heads = draw(st.integers(1, 2)), draw(st.integers(1, 3))
+    config = {"block_size": T, "vocab_size": V, "n_layer": layers, "n_head": heads, "n_embd": 4 * heads}
     start, doublings, steps = B * accumulate * T, draw(st.integers(0, 2)), draw(st.integers(2, 6))
     total, warmup = start << doublings, draw(st.integers(0, steps - 1))
     ramp = draw(st.integers(1, 4 * total))
     lr, clip = draw(st.floats(1e-3, 2e-2)), draw(st.sampled_from([None, 0, 0.05, 0.5, 100.0]))
-    decay, betas, min_lr = (
-        draw(st.floats(0, 1)),
-        (draw(st.floats(0, 0.95)), draw(st.floats(0.5, 0.99))),
-        lr * draw(st.floats(0, 1)),
-    )
+    decay, betas = draw(st.floats(0, 1)), (draw(st.floats(0, 0.95)), draw(st.floats(0.5, 0.99)))
+    min_lr = lr * draw(st.floats(0, 1))
     validate_every, log_every = draw(st.integers(1, 4)), draw(st.integers(1, 3))
     rng = np.random.default_rng(draw(st.integers(0, 99)))
     train, val = (rng.integers(0, V, draw(st.integers(3 * T, 100)) + 1).astype(np.uint16) for _ in range(2))
 
     torch.manual_seed(draw(st.integers(0, 99)))
-    shape = {"n_positions": T, "vocab_size": V, "n_layer": config["n_layer"], "n_head": heads, "n_embd": 4 * heads}
-    model = GPT2LMHeadModel(
-        GPT2Config(**shape, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, bos_token_id=0, eos_token_id=0)
-    )
+    shape = {"n_positions": T, "vocab_size": V, "n_layer": layers, "n_head": heads, "n_embd": 4 * heads}
+    no_dropout = {"resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0}
+    model = GPT2LMHeadModel(GPT2Config(**shape, **no_dropout, bos_token_id=0, eos_token_id=0))
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.1 * torch.randn_like(p))
@@ -177,8 +162,10 @@ def test_any_run_is_a_loop_written_out_plainly(data, tmp_path, write_recipe, mak
     )
     sizes: list[int] = []
     for _ in range(steps):
-        line = start + Fraction((total - start) * sum(sizes), ramp)  # from start at 0 tokens to total at ramp
-        sizes.append(max(start << k for k in range(doublings + 1) if k == 0 or line >= start << k))
+        ramped = start + Fraction(
+            (total - start) * sum(sizes), ramp
+        )  # a line from `start` at 0 tokens to `total` at `ramp`
+        sizes.append(max(start << k for k in range(doublings + 1) if k == 0 or ramped >= start << k))
     points, validations = _plain_loop(
         model, train, val, sizes, T, lr, clip, decay, betas, warmup, min_lr, validate_every
     )
