@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jsonargparse.typing import PositiveInt
 
 from gpt2_lightning.data.datamodule import SequenceDataset, TokenDataModule
 from gpt2_lightning.data.shards import list_shards
@@ -197,8 +198,10 @@ def test_a_checkpoint_of_other_data_order_or_step_is_refused(make_shards, change
         data.load_state_dict(saved)
 
 
-def test_the_same_data_in_another_folder_resumes_and_auto_keeps_its_micro_batch(make_shards):
-    saved = set_up(make_shards(), micro_batch_size=6).state_dict()
+def test_the_same_data_in_another_folder_resumes_and_auto_keeps_its_micro_batch(make_shards, tmp_path):
+    from_cli = {"micro_batch_size": PositiveInt(6), "total_batch_tokens": PositiveInt(S * T)}
+    torch.save(set_up(make_shards(), **from_cli).state_dict(), tmp_path / "state")
+    saved = torch.load(tmp_path / "state", weights_only=True)  # plain types only
     root = make_shards(name="moved")
     for micro_batch_size, expected in (("auto", (6, 2)), (3, (3, 4))):
         data = set_up(root, micro_batch_size=micro_batch_size)
