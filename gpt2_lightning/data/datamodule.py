@@ -243,6 +243,9 @@ class TokenDataModule(LightningDataModule):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        assert self.trainer is not None
+        if not self.trainer.training:  # Trainer.validate(ckpt_path=…) may read other data
+            return
         for name, now in self.state_dict().items():
             before = state_dict.get(name)
             if before == now or name == "micro_batch_size":

@@ -32,6 +32,7 @@ def set_up(root, rank=0, world_size=1, stage="fit", global_step=0, block_size=T,
         global_rank=rank,
         global_step=global_step,
         max_steps=max_steps,
+        training=stage == "fit",
         overfit_batches=0.0,
         strategy=SimpleNamespace(root_device=torch.device("cpu")),
     )
@@ -207,6 +208,11 @@ def test_the_same_data_in_another_folder_resumes_and_auto_keeps_its_micro_batch(
         data = set_up(root, micro_batch_size=micro_batch_size)
         data.load_state_dict(saved)
         assert (data.micro_batch_size, data.accumulate_grad_batches) == expected
+
+
+def test_a_checkpoint_can_be_validated_on_other_data(make_shards):
+    saved = set_up(make_shards()).state_dict()
+    set_up(make_shards(train=401, name="other"), stage="validate").load_state_dict(saved)
 
 
 # -- validation --------------------------------------------------------------------------------------------------------
