@@ -122,12 +122,12 @@ class TokenDataModule(LightningDataModule):
         self.root = Path(root)
         self.source = source
         self.order: Order = order
-        self.seed = seed
-        self.total_batch_tokens = total_batch_tokens
+        self.seed = int(seed)  # int: jsonargparse's PositiveInt is a class of its own, which no checkpoint may hold
+        self.total_batch_tokens = int(total_batch_tokens)
         self.auto_micro_batch = micro_batch_size == "auto"
-        self.micro_batch_size = AUTO_ON_CPU if micro_batch_size == "auto" else micro_batch_size
+        self.micro_batch_size = AUTO_ON_CPU if micro_batch_size == "auto" else int(micro_batch_size)
         self.batch_size_schedule = batch_size_schedule
-        self.stages = batch_size_stages(total_batch_tokens, batch_size_schedule)
+        self.stages = batch_size_stages(self.total_batch_tokens, batch_size_schedule)
         self.num_workers = num_workers
         self.validation_tokens = validation_tokens
 
@@ -243,6 +243,9 @@ class TokenDataModule(LightningDataModule):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        assert self.trainer is not None
+        if not self.trainer.training:  # Trainer.validate(ckpt_path=…) may read other data
+            return
         for name, now in self.state_dict().items():
             before = state_dict.get(name)
             if before == now or name == "micro_batch_size":

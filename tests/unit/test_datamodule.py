@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jsonargparse.typing import PositiveInt
 
 from gpt2_lightning.data.datamodule import SequenceDataset, TokenDataModule
 from gpt2_lightning.data.shards import list_shards
@@ -31,6 +32,7 @@ def set_up(root, rank=0, world_size=1, stage="fit", global_step=0, block_size=T,
         global_rank=rank,
         global_step=global_step,
         max_steps=max_steps,
+        training=stage == "fit",
         overfit_batches=0.0,
         strategy=SimpleNamespace(root_device=torch.device("cpu")),
     )
@@ -197,13 +199,20 @@ def test_a_checkpoint_of_other_data_order_or_step_is_refused(make_shards, change
         data.load_state_dict(saved)
 
 
-def test_the_same_data_in_another_folder_resumes_and_auto_keeps_its_micro_batch(make_shards):
-    saved = set_up(make_shards(), micro_batch_size=6).state_dict()
+def test_the_same_data_in_another_folder_resumes_and_auto_keeps_its_micro_batch(make_shards, tmp_path):
+    from_cli = {"micro_batch_size": PositiveInt(6), "total_batch_tokens": PositiveInt(S * T)}
+    torch.save(set_up(make_shards(), **from_cli).state_dict(), tmp_path / "state")
+    saved = torch.load(tmp_path / "state", weights_only=True)  # plain types only
     root = make_shards(name="moved")
     for micro_batch_size, expected in (("auto", (6, 2)), (3, (3, 4))):
         data = set_up(root, micro_batch_size=micro_batch_size)
         data.load_state_dict(saved)
         assert (data.micro_batch_size, data.accumulate_grad_batches) == expected
+
+
+def test_a_checkpoint_can_be_validated_on_other_data(make_shards):
+    saved = set_up(make_shards()).state_dict()
+    set_up(make_shards(train=401, name="other"), stage="validate").load_state_dict(saved)
 
 
 # -- validation --------------------------------------------------------------------------------------------------------
