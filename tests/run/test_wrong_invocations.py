@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import yaml
-from lightning.pytorch.utilities import rank_zero_only
 from example_folder import arguments, files
+from lightning.pytorch.utilities import rank_zero_only
 
 from gpt2_lightning.__main__ import main
 
