@@ -1,4 +1,4 @@
-"""Whole processes in tests: started, watched, killed, and what a run that they made leaves behind."""
+"""Whole processes for tests: start, watch and kill them, and compare the runs that they leave."""
 
 import contextlib
 import multiprocessing
@@ -18,26 +18,28 @@ import torch
 
 from gpt2_lightning.__main__ import main
 
-EXACT = {"train/loss", "train/grad_norm", "train/lr", "train/tokens", "val/loss"}  # all that is logged but the speed
-PATIENCE = 120.0  # seconds until something that must happen is taken not to happen, on a machine that is busy
+EXACT = {"train/loss", "train/grad_norm", "train/lr", "train/tokens", "val/loss"}  # all that is logged except speed
+TIMEOUT = 120.0  # seconds after which something that must happen counts as not happening, on a busy machine
+TWO_DEVICES = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
+Scalars = dict[str, dict[int, float]]
 
 
 # -- processes ---------------------------------------------------------------------------------------------------------
 
 
 def run_gpt2(args: list[str], output: Path) -> None:
-    """In a new process: ``gpt2 ARGS``, what it says appended to a file."""
-    os.setpgrp()  # so that the workers it leaves behind can be found
+    """In a new process: ``gpt2 ARGS``, its output appended to a file."""
+    os.setpgrp()  # so that workers that outlive it can be found
     with output.open("ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    torch.set_num_threads(1)  # the server's threads are as the test's environment was when it began
-    multiprocessing.set_start_method(None, force=True)  # the data's workers begin as they do in a shell's process
+    torch.set_num_threads(1)  # the server that forks was started before the test set its environment
+    multiprocessing.set_start_method(None, force=True)  # DataLoader workers start as in a process of the shell
     raise SystemExit(main(args))
 
 
 def fork(args: list[str], output: Path, program: Callable[[list[str], Path], None] = run_gpt2) -> ForkServerProcess:
-    """``gpt2 ARGS`` in a process of its own, which a server forks that has done the imports: it is there at once."""
+    """``gpt2 ARGS`` in a process of its own, forked from a server that has done the imports, which take seconds."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["pytest", "gpt2_lightning.cli.fit", "torch.utils.tensorboard"])
     process = context.Process(target=program, args=(args, output))
@@ -46,7 +48,7 @@ def fork(args: list[str], output: Path, program: Callable[[list[str], Path], Non
 
 
 def await_exit(process: ForkServerProcess) -> int | None:
-    process.join(PATIENCE)
+    process.join(TIMEOUT)
     return process.exitcode
 
 
@@ -54,7 +56,7 @@ def await_exit(process: ForkServerProcess) -> int | None:
 def commands(
     output: Path, *commands: list[str], environments: Sequence[dict[str, str]] = ()
 ) -> Iterator[list["subprocess.Popen[bytes]"]]:
-    """Commands of the shell, each in its environment, started together; what is left of them at the end is killed."""
+    """``python COMMAND`` for each command, started together; at the end whatever is left of them is killed."""
     with output.open("ab") as file:
         started = [
             subprocess.Popen(
@@ -80,10 +82,10 @@ def kill_process(pid: int) -> None:
 
 
 def live_processes() -> dict[int, tuple[int, int]]:
-    """The parent and the group of each process that is alive."""
+    """Process id → (parent's id, group's id) of each process that is alive."""
     found = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):  # ended meanwhile
+        with contextlib.suppress(OSError):  # it has ended meanwhile
             state, parent, group = path.read_text().rpartition(")")[2].split()[:3]
             if state not in "ZX":
                 found[int(path.parent.name)] = int(parent), int(group)
@@ -99,7 +101,7 @@ def descendants(pid: int) -> list[int]:
 
 
 def kill_group(leader: int) -> None:
-    """What is left of a process that was killed: its workers see it within seconds, or never if they had just begun."""
+    """Kills the workers of a process that was killed, which may outlive it by seconds."""
     for pid, (_, group) in live_processes().items():
         if group == leader:
             kill_process(pid)
@@ -107,10 +109,10 @@ def kill_group(leader: int) -> None:
 
 def wait_until(condition: Callable[[], Any], is_alive: Callable[[], bool], output: Path) -> None:
     """Returns as soon as ``condition`` holds; the process that is watched must not end before."""
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + TIMEOUT
     while not condition():
-        assert is_alive(), f"it ended before it could be killed:\n{output.read_text()[-3000:]}"
-        assert time.monotonic() < deadline, f"nothing happens:\n{output.read_text()[-3000:]}"
+        assert is_alive(), f"it ended early:\n{output.read_text()[-3000:]}"
+        assert time.monotonic() < deadline, f"timed out:\n{output.read_text()[-3000:]}"
         time.sleep(0.0005)
 
 
@@ -120,49 +122,49 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-# -- what a run leaves -------------------------------------------------------------------------------------------------
+# -- runs --------------------------------------------------------------------------------------------------------------
 
 
 def read_log(run: Path) -> list[tuple[str, int, str]]:
-    """log.txt's lines so far: (train or val, step, value)."""
+    """The lines of log.txt so far: (train or val, step, value)."""
     path = run / "log.txt"
     text = path.read_text() if path.exists() else ""
-    rows = (line.split() for line in text.splitlines())
-    return [(word, int(step), value) for step, word, value in rows]
+    return [(word, int(step), value) for step, word, value in map(str.split, text.splitlines())]
 
 
-def read_curve(run: Path) -> dict[tuple[str, int], str]:
-    """log.txt as a reader takes it: of what was done twice, the last."""
-    return {(word, step): value for word, step, value in read_log(run)}
+def saved_step(run: Path) -> int:
+    """The step of last.ckpt."""
+    return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
 
 
-def assert_same_run(
-    run: Path, expected: Path, read_scalars: Callable[[Path], dict[str, dict[int, float]]], steps: int
-) -> None:
+def assert_same_run(run: Path, expected: Path, read_scalars: Callable[[Path], Scalars], steps: int) -> None:
     """To the last bit: the curves in TensorBoard's events and in log.txt, the weights, the optimizer's state."""
     ours, theirs = read_scalars(run), read_scalars(expected)
     assert list(theirs["train/loss"]) == list(range(steps))
     assert len(set(theirs["train/loss"].values())) > steps // 2  # steps can be told apart
-    for tag in EXACT:
+    for tag in EXACT & theirs.keys():
         assert ours[tag] == theirs[tag], tag
-    assert read_curve(run) == read_curve(expected)
+    curves = [{(word, step): value for word, step, value in read_log(path)} for path in (run, expected)]
+    assert curves[0] == curves[1]
     checkpoints = [torch.load(path / "checkpoints" / "last.ckpt", weights_only=True) for path in (run, expected)]
     assert checkpoints[0]["global_step"] == steps
     names = [[g.pop("param_names") for g in c["optimizer_states"][0]["param_groups"]] for c in checkpoints]
-    assert names[0] == names[1]  # the rest is numbers
+    assert names[0] == names[1]  # assert_close compares numbers only
     for part in ("state_dict", "optimizer_states", "lr_schedulers"):
         torch.testing.assert_close(checkpoints[0][part], checkpoints[1][part], rtol=0, atol=0)
-    assert not list((run / "checkpoints").glob(".*"))  # nothing half-written is left
+    assert not list((run / "checkpoints").glob(".*"))  # no half-written file is left
 
 
 def assert_close_curves(
-    run: Path, expected: Path, read_scalars: Callable[[Path], dict[str, dict[int, float]]], steps: int
+    run: Path, expected: Path, read_scalars: Callable[[Path], Scalars], steps: int, not_validated: Sequence[int] = ()
 ) -> None:
-    """The same steps and validation points, with the same values to rounding."""
+    """The same steps and validation points, except those not validated, with the same values to rounding."""
     ours, theirs = read_scalars(run), read_scalars(expected)
     assert list(theirs["train/loss"]) == list(range(steps))
     neighbours = np.diff(list(theirs["train/loss"].values()))
-    assert np.abs(neighbours).min() > 2e-4  # a step on other samples would show
+    assert np.abs(neighbours).min() > 2e-4  # a step on other sequences would show
+    for step in not_validated:
+        del theirs["val/loss"][step]
     for tag in EXACT:
         assert list(ours[tag]) == list(theirs[tag]), tag
         np.testing.assert_allclose(list(ours[tag].values()), list(theirs[tag].values()), rtol=1e-5, err_msg=tag)
