@@ -33,7 +33,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 cause = cause.__context__
             reason = cause.strerror if isinstance(cause, OSError) else error
             raise UserError(
-                f"{path} cannot be written ({reason}): make room or correct the permissions, then run the same command "
+                f"{path} cannot be written ({reason}): free some space or correct the permissions, then run the same command "
                 "again; earlier checkpoints are whole"
             ) from None
 

@@ -48,8 +48,9 @@ def check_world_size(trainer: Trainer) -> None:
         UserError: with the flags that fit what was started.
     """
     expected = trainer.num_devices * trainer.num_nodes
-    if TorchElasticEnvironment.detect():
-        launcher, world_size, per_node = "torchrun", int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    if "WORLD_SIZE" in os.environ:  # set by torchrun, Kubernetes and others, of which Lightning knows torchrun alone
+        launcher, world_size = "the launcher (WORLD_SIZE)", int(os.environ["WORLD_SIZE"])
+        per_node = int(os.environ.get("LOCAL_WORLD_SIZE", min(world_size, trainer.num_devices)))
     elif SLURMEnvironment.detect():
         launcher, world_size = "SLURM", int(os.environ["SLURM_NTASKS"])
         per_node = world_size // int(os.environ.get("SLURM_NNODES", trainer.num_nodes))

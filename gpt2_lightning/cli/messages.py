@@ -65,7 +65,9 @@ def message_of(error: BaseException | None) -> str | None:
         if isinstance(error, UserError) or type(error).__name__ == "MisconfigurationException":  # Lightning's UserError
             return " ".join(str(error).split())
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            return f"the disk is full ({error.filename or error.strerror}): make room and run the same command again"
+            return (
+                f"the disk is full ({error.filename or error.strerror}): free some space and run the same command again"
+            )
         if isinstance(error, OSError) and error.filename is not None:
             return f"{error.filename}: {error.strerror}"
         if type(error).__name__.startswith("Dist") or "gloo" in str(error):

@@ -125,7 +125,7 @@ def test_a_full_disk_leaves_what_was_saved_and_the_same_command_completes(line, 
     assert err.count(f"gpt2 {arguments(line)[0]}: error: ") == 1
     assert "Traceback" not in err
     assert named in err.splitlines()[-1]
-    assert "make room" in err.splitlines()[-1]
+    assert "free some space" in err.splitlines()[-1]
     _assert_unchanged(before)
     assert main(arguments(line)) == 0
     if "step" in named:
