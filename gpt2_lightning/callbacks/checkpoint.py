@@ -33,8 +33,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 cause = cause.__context__
             reason = cause.strerror if isinstance(cause, OSError) else error
             raise UserError(
-                f"{path} cannot be written ({reason}): free some space or correct the permissions, then run the same command "
-                "again; earlier checkpoints are whole"
+                f"{path} cannot be written ({reason}): free some space or correct the permissions, then run the same "
+                "command again; earlier checkpoints are whole"
             ) from None
 
     def load_checkpoint(self, path: str | os.PathLike, *args: Any, **kwargs: Any) -> dict[str, Any]:

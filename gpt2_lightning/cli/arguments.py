@@ -1,10 +1,10 @@
 """Command-line parsers from typed functions."""
 
 import inspect
+import re
 from collections.abc import Callable
 from typing import Any, get_args, get_origin
 
-import docstring_parser
 from jsonargparse import ArgumentParser
 
 
@@ -19,15 +19,15 @@ def call(function: Callable[..., None], args: list[str]) -> None:
     if [*parameters] == ["args"]:
         function(args)
         return
-    doc = docstring_parser.parse(function.__doc__ or "")
-    help = {parameter.arg_name: parameter.description for parameter in doc.params}
-    parser = ArgumentParser(prog=f"gpt2 {function.__name__}", description=doc.short_description)
+    doc = inspect.getdoc(function) or ""
+    parser = ArgumentParser(prog=f"gpt2 {function.__name__}", description=doc.partition("\n")[0])
     special = {name: element for name, p in parameters.items() if (element := _flag_or_element(p.annotation))}
     parser.add_function_arguments(function, as_group=False, as_positional=True, skip=set(special))
     for name, element in special.items():
         required = parameters[name].default is inspect.Parameter.empty
         options: dict[str, Any] = {"action": "store_true"} if element is bool else {"type": element, "nargs": "+"}
-        parser.add_argument(name if required else f"--{name}", help=help.get(name), **options)
+        help = re.search(rf"^ +{name}: (.*)", doc, re.MULTILINE)
+        parser.add_argument(name if required else f"--{name}", help=help and help[1], **options)
     function(**vars(parser.parse_args(args)))
 
 
