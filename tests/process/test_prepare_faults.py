@@ -53,9 +53,9 @@ def start(program: str, *arguments: object, **environment: str) -> "subprocess.P
 
 @pytest.fixture
 def corpus(tmp_path: Path) -> Path:
-    """≈ 1.2 million tokens: 60 shards of 20,000."""
+    """≈ 3.6 million tokens: 180 shards of 20,000."""
     path = tmp_path / "corpus.jsonl"
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in random_texts(2000, 150)))
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in random_texts(6000, 150)))
     return path
 
 
