@@ -114,12 +114,6 @@ def _draw_loss(ax: "Axes", runs: NumberedRuns) -> None:
         ax.set_xscale("log", nonpositive="mask")
         ax.set_xlim(left=last / 1000)  # three decades: before them there is little but the warmup
         ax.xaxis.set_minor_formatter("")
-    for i, run in runs.items():
-        resumed = [start.first_step for start in run.starts[1:] if start.first_step > 0]
-        if resumed:
-            x, transform = run.tokens_after(np.array(resumed)), ax.get_xaxis_transform()
-            label = f"{run.name}: resumed"
-            ax.plot(x, np.zeros(len(x)), "^", color=_colour(i), transform=transform, clip_on=False, label=label)
 
 
 def _draw_late_loss(ax: "Axes", runs: NumberedRuns) -> None:
@@ -188,12 +182,8 @@ def _draw_lr(ax: "Axes", runs: NumberedRuns) -> None:
 
 def _draw_grad_norm(ax: "Axes", runs: NumberedRuns) -> None:
     _draw_noisy(ax, runs, "train/grad_norm")
-    clips = {run.config.get("trainer.gradient_clip_val", "null") for run in runs.values()}
-    if len(clips) == 1 and (clip := clips.pop()) not in ("null", "0"):
-        _draw_references(ax, {"clipped at": float(clip)})
     ax.set_yscale("log")
     ax.yaxis.set_major_formatter("{x:g}")
-    ax.yaxis.set_minor_formatter("{x:g}" if np.ptp(np.log10(ax.get_ylim())) < 1 else "")
 
 
 def _draw_speed(ax: "Axes", runs: NumberedRuns) -> None:
