@@ -20,26 +20,19 @@ from gpt2_lightning.tokenizer import END_OF_TEXT, VOCAB_SIZE, get_tokenizer
 
 # Conv1D in HF, which stores (in, out); nn.Linear stores (out, in)
 _TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-# keys of config.json that would change the network, and the values that describe ours; the first is HF's default
+# keys of config.json that change the network but no shape, and the values that describe ours; the first is HF's default
 _FIXED: dict[str, tuple[Any, ...]] = {
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
     "layer_norm_epsilon": (1e-5,),
     "scale_attn_weights": (True,),
     "scale_attn_by_inverse_layer_idx": (False,),
-    "add_cross_attention": (False,),
-    "tie_word_embeddings": (True,),
 }
 # HF's defaults for keys that config.json may omit
 _DEFAULT_SHAPE = {"n_positions": 1024, "vocab_size": 50257, "n_layer": 12, "n_head": 12, "n_embd": 768}
-_WEIGHT_FILES = (  # in order of preference
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
-_EXPORTED_BY = f"gpt2_lightning {__version__}"
+_SAFETENSORS = ("model.safetensors", "model-*-of-*.safetensors")
+_TORCH_FILES = ("pytorch_model.bin", "pytorch_model-*-of-*.bin")
 _PARTIAL = ".partial"
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
 # -- parameter names ---------------------------------------------------------------------------------------------------
@@ -77,10 +70,9 @@ def read_folder(folder: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
     """Config and weights, by our names, of a folder as ``save_pretrained`` writes it.
 
     Raises:
-        UserError: a file is missing or damaged, or the architecture is not GPT-2's.
+        FileNotFoundError: there is no ``config.json``.
+        UserError: the weights are missing, a file is damaged, or the architecture is not GPT-2's.
     """
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{folder} has no config.json, so it is not a model folder: give one, or a checkpoint file")
     return _read_config(folder / "config.json"), from_hf(_read_weights(folder))
 
 
@@ -93,12 +85,10 @@ def download(name: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    safetensors = ["config.json", "model*.safetensors", "model.safetensors.index.json"]
-    torch_files = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
     try:
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=safetensors))
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=["config.json", *_SAFETENSORS]))
         if not any(folder.glob("*.safetensors")):
-            snapshot_download(name, revision=revision, allow_patterns=torch_files)
+            snapshot_download(name, revision=revision, allow_patterns=list(_TORCH_FILES))
     except (OSError, HfHubHTTPError, HFValidationError) as error:
         at = f" at revision {revision}" if revision else ""
         raise UserError(
@@ -122,27 +112,17 @@ def _read_config(path: Path) -> GPTConfig:
     if config.get("model_type") != "gpt2":
         raise UserError(f"{path} describes the architecture {config.get('model_type')!r}: only 'gpt2' can be loaded")
     shape = {key: config.get(key, default) for key, default in _DEFAULT_SHAPE.items()}
-    fixed = _FIXED | {"n_inner": (4 * shape["n_embd"], None)}
-    for key, allowed in fixed.items():
+    for key, allowed in _FIXED.items():
         if config.get(key, allowed[0]) not in allowed:
             raise UserError(f"{path} has {key} = {config[key]!r}: GPT-2 has {allowed[0]!r}")
     return GPTConfig(block_size=shape.pop("n_positions"), **shape)
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
-    name = next((name for name in _WEIGHT_FILES if (folder / name).is_file()), None)
-    if name is None:
-        raise UserError(f"{folder} has no weights: expected {', '.join(_WEIGHT_FILES)}")
-    if not name.endswith(".index.json"):
-        return _read_weight_file(folder / name)
-    state: dict[str, Tensor] = {}
-    for file in sorted(set(_read_json(folder / name)["weight_map"].values())):
-        if Path(file).name != file:
-            raise UserError(f"{folder / name} lists {file}, which is not the name of a file in this folder")
-        if not (folder / file).is_file():
-            raise UserError(f"{folder / file} is missing, although {name} lists it: download the model again")
-        state |= _read_weight_file(folder / file)
-    return state
+    for pattern in (*_SAFETENSORS, *_TORCH_FILES):
+        if files := sorted(folder.glob(pattern)):
+            return {name: tensor for file in files for name, tensor in _read_weight_file(file).items()}
+    raise UserError(f"{folder} has no weights: expected {_SAFETENSORS[0]} or {_TORCH_FILES[0]}, whole or in parts")
 
 
 def _read_weight_file(path: Path) -> dict[str, Tensor]:
@@ -170,13 +150,15 @@ def write_folder(
         metrics: rows of the model card's table, name → value.
 
     Raises:
-        UserError: ``out`` is a file, or a folder with files but no earlier export, or the weights cannot be written.
+        UserError: ``out`` contains files but no earlier export, or the weights cannot be written.
     """
     _check_out(out)
     config = _config_json(model.config, dtype)
     state = to_hf({name: t.detach().cpu().to(dtype) for name, t in model.state_dict().items()})
     state["transformer.wte.weight"] = state["transformer.wte.weight"][: config["vocab_size"]].contiguous()
-    texts = {"config.json": _json(config), "README.md": _model_card(out.resolve().name, model, config, metrics or {})}
+    parameters = {"parameters": f"{sum(tensor.numel() for tensor in state.values()):,}"}
+    card = _model_card(out.resolve().name, config, parameters | dict(metrics or {}))
+    texts = {"config.json": _json(config), "README.md": card}
     if config["vocab_size"] == VOCAB_SIZE:
         texts |= _tokenizer_files(model.config.block_size)
 
@@ -188,9 +170,6 @@ def write_folder(
         for name, text in texts.items():
             (partial / name).write_text(text, encoding="utf-8", newline="\n")
         shutil.copymode(partial / "config.json", partial / "model.safetensors")  # safetensors makes it 0600
-        for file in partial.iterdir():
-            with file.open("rb+") as written:
-                os.fsync(written.fileno())
         for file in list(partial.iterdir()):
             os.replace(file, out / file.name)
         for name in set(_TOKENIZER_FILES) - set(texts):  # left by an earlier export with GPT-2's vocabulary
@@ -202,12 +181,9 @@ def write_folder(
 
 
 def _check_out(out: Path) -> None:
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out} is a file: name a new folder to export to")
-    if not out.is_dir() or all(entry.name == _PARTIAL for entry in out.iterdir()):
-        return
     config = out / "config.json"
-    if not config.is_file() or "exported_by" not in _read_json(config):
+    is_export = config.is_file() and "exported_by" in _read_json(config)
+    if not is_export and any(entry.name != _PARTIAL for entry in out.glob("*")):
         raise UserError(f"{out} contains files that are not an earlier export and could be lost: name a new folder")
 
 
@@ -218,18 +194,16 @@ def _config_json(config: GPTConfig, dtype: torch.dtype) -> dict[str, Any]:
     return {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
-        "exported_by": _EXPORTED_BY,  # marks the folder as one that a later export may replace
+        "exported_by": f"gpt2_lightning {__version__}",  # marks the folder as one that a later export may replace
         "activation_function": "gelu_new",
         "attn_pdrop": 0.0,
         "bos_token_id": end_of_text,
         "dtype": str(dtype).removeprefix("torch."),
         "embd_pdrop": 0.0,
         "eos_token_id": end_of_text,
-        "initializer_range": 0.02,
         "layer_norm_epsilon": 1e-5,
         "n_embd": config.n_embd,
         "n_head": config.n_head,
-        "n_inner": None,
         "n_layer": config.n_layer,
         "n_positions": config.block_size,
         "resid_pdrop": 0.0,
@@ -257,29 +231,20 @@ def _tokenizer_files(block_size: int) -> dict[str, str]:
     # ranks 0-255 are the bytes, then each rank is one merge
     merges = [" ".join(map(spell, _merge(token, ranks))) for token in tokens[256:]]
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    added = {"id": END_OF_TEXT, "content": end_of_text, "single_word": False, "lstrip": False, "rstrip": False}
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     tokenizer = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [added | {"normalized": False, "special": True}],
-        "normalizer": None,
+        "added_tokens": [{"id": END_OF_TEXT, "content": end_of_text, "special": True} | flags],
         "pre_tokenizer": byte_level,
-        "post_processor": byte_level | {"trim_offsets": False},
         "decoder": byte_level,
         "model": {"type": "BPE", "vocab": vocab, "merges": merges},
     }
     settings = {
         "tokenizer_class": "GPT2Tokenizer",
         "model_max_length": block_size,
-        "add_prefix_space": False,
         "bos_token": end_of_text,
         "eos_token": end_of_text,
-        "unk_token": end_of_text,
     }
-    merges_txt = "\n".join(["#version: 0.2", *merges, ""])
-    texts = (_json(tokenizer), _json(settings), json.dumps(vocab, ensure_ascii=False), merges_txt)
-    return dict(zip(_TOKENIZER_FILES, texts, strict=True))
+    return dict(zip(_TOKENIZER_FILES, (_json(tokenizer), _json(settings)), strict=True))
 
 
 def _byte_characters() -> dict[int, str]:
@@ -298,45 +263,25 @@ def _merge(token: bytes, ranks: Mapping[bytes, int]) -> list[bytes]:
     return parts
 
 
-def _model_card(name: str, model: GPT, config: Mapping[str, Any], metrics: Mapping[str, str]) -> str:
-    c = model.config
-    padding = (c.vocab_size - config["vocab_size"]) * c.n_embd
-    shape = {
-        "parameters": f"{model.num_parameters() - padding:,}",
-        "n_layer, n_head, n_embd": f"{c.n_layer}, {c.n_head}, {c.n_embd}",
-        "context": f"{c.block_size:,} tokens",
-        "vocabulary": f"{config['vocab_size']:,}",
-        "stored as": config["dtype"],
-    }
-    rows = "\n".join(f"| {what} | {value} |" for what, value in (shape | dict(metrics)).items())
+def _model_card(name: str, config: Mapping[str, Any], rows: Mapping[str, str]) -> str:
+    """README.md with a table of config.json's shape and of ``rows``."""
+    shape = {key: config[key] for key in (*_DEFAULT_SHAPE, "dtype")}
+    table = "\n".join(f"| {key} | {value} |" for key, value in (shape | dict(rows)).items())
     if config["vocab_size"] == VOCAB_SIZE:
-        ids = f'AutoTokenizer.from_pretrained("{name}")("The meaning of life is", return_tensors="pt").input_ids'
-        note = "The tokenizer is GPT-2's. Every training document begins with `<|endoftext|>`."
+        tokenizer = f'The tokenizer is GPT-2\'s: `AutoTokenizer.from_pretrained("{name}")`.'
     else:
-        ids = "torch.tensor([[1, 2, 3]])"
-        note = "The vocabulary is not GPT-2's, so the folder has no tokenizer: the model takes token ids."
+        tokenizer = "The vocabulary is not GPT-2's: the model takes token ids, and the folder has no tokenizer."
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
-tags: [gpt2, gpt2_lightning]
 ---
 
 # {name}
 
-A GPT-2 in the format of `transformers`, exported by {_EXPORTED_BY}.
+A GPT-2 exported by {config["exported_by"]}. Load it with `AutoModelForCausalLM.from_pretrained("{name}")`.
+{tokenizer}
 
 | | |
 |---|---|
-{rows}
-
-{note}
-
-```python
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("{name}")
-ids = {ids}
-print(model.generate(ids, max_new_tokens=50, do_sample=True, top_k=50))
-```
+{table}
 """

@@ -60,7 +60,7 @@ def _build(config: GPTConfig, state: dict[str, Tensor], source: Path) -> GPT:
         if found.get(name) != expected.get(name):
             raise UserError(
                 f"{source} does not hold the weights of {config}: the shape of {name} is {found.get(name, 'missing')}, "
-                f"expected {expected.get(name, 'no such weight')}; the file is damaged or of another architecture"
+                f"expected {expected.get(name, 'no such weight')}; it is damaged, incomplete or of another architecture"
             )
     # copies, so that the model outlives the memory-mapped file
     owned = {n: t.to(torch.float32, copy=True, memory_format=torch.contiguous_format) for n, t in state.items()}

@@ -77,57 +77,46 @@ def load_examples(path: str | Path | None = None) -> ExampleSet:
             or the built-in examples if the hub does not answer within two seconds and its file is not in the cache.
 
     Raises:
-        UserError: the file does not exist, or one of its lines is not a HellaSwag example.
+        FileNotFoundError: there is no such file.
+        UserError: one of its lines is not a HellaSwag example.
     """
     if path is None:
         records = _from_hub()
         if records is not None:
-            examples = tuple(_parse(record, f"{HUB_NAME}, row {i}") for i, record in enumerate(records, start=1))
-            return ExampleSet(examples, HUB_NAME)
+            return ExampleSet(tuple(map(_example, records)), HUB_NAME)
         note = (
             f"HellaSwag: {HUB_NAME} cannot be reached on the Hugging Face hub, so the built-in examples are scored; "
             "their scores do not compare with published ones (for those, give the path of hellaswag_val.jsonl)"
         )
         return ExampleSet(load_examples(BUILTIN).examples, BUILTIN, note)
     if str(path) == BUILTIN:
-        text = (files("gpt2_lightning") / "assets" / "hellaswag_builtin.jsonl").read_text(encoding="utf-8")
-        return ExampleSet(_parse_lines(text, BUILTIN), BUILTIN)
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path} does not exist: give a HellaSwag .jsonl file, or {BUILTIN!r}")
-    try:
-        text = path.read_text(encoding="utf-8-sig")  # skips the byte order mark that some editors write
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not UTF-8 text: give a HellaSwag .jsonl file, or {BUILTIN!r}") from None
-    return ExampleSet(_parse_lines(text, str(path)), path.name)
+        content = (files("gpt2_lightning") / "assets" / "hellaswag_builtin.jsonl").read_bytes()
+        return ExampleSet(_parse(content, BUILTIN), BUILTIN)
+    return ExampleSet(_parse(Path(path).read_bytes(), str(path)), Path(path).name)
 
 
-def _parse_lines(text: str, source: str) -> tuple[Example, ...]:
+def _parse(content: bytes, source: str) -> tuple[Example, ...]:
     examples = []
-    for number, line in enumerate(text.split("\n"), start=1):  # splitlines() would also split at U+2028
+    for number, line in enumerate(content.split(b"\n"), start=1):
         if line.strip():
-            where = f"{source}, line {number}"
             try:
-                record = json.loads(line)
-            except ValueError as error:
-                raise UserError(f"{where} is not JSON ({error}): give HellaSwag's own .jsonl, or {BUILTIN!r}") from None
-            examples.append(_parse(record, where))
+                examples.append(_example(json.loads(line)))
+            except (ValueError, KeyError, TypeError) as error:
+                raise UserError(
+                    f"{source}, line {number} is not a HellaSwag example ({error!r}): expected a JSON object with ctx "
+                    "(a text), endings (four texts) and label (0 to 3; the test split has none, use val)"
+                ) from None
     if not examples:
         raise UserError(f"{source} is empty: give HellaSwag's own .jsonl, or {BUILTIN!r}")
     return tuple(examples)
 
 
-def _parse(record: Any, where: str) -> Example:
-    if not isinstance(record, dict) or not record.keys() >= {"ctx", "endings", "label"}:
-        raise UserError(f"{where} is not a HellaSwag example: expected an object with ctx, endings and label")
-    ctx, endings, label = record["ctx"], record["endings"], str(record["label"])  # the hub's labels are strings
-    optional = {name: record.get(name) for name in ("activity_label", "ctx_a", "ctx_b")}
-    four = isinstance(endings, list) and len(endings) == 4
-    if not (ctx and four and all(isinstance(text, str) for text in (ctx, *endings, *filter(None, optional.values())))):
-        raise UserError(f"{where} is not a HellaSwag example: ctx must be a text, and endings a list of four texts")
-    if label not in ("0", "1", "2", "3"):
-        raise UserError(f"{where}: label is {label!r}, not 0, 1, 2 or 3 (the test split has no labels: use val)")
-    return Example(ctx, tuple(endings), int(label), **optional)
+def _example(record: dict[str, Any]) -> Example:
+    ctx, endings = record["ctx"], tuple(record["endings"])
+    label = int(record["label"])  # the hub's labels are strings
+    if not (ctx and len(endings) == 4 and label in range(4) and all(isinstance(text, str) for text in (ctx, *endings))):
+        raise ValueError("wrong values")
+    return Example(ctx, endings, label, record.get("activity_label"), record.get("ctx_a"), record.get("ctx_b"))
 
 
 def _from_hub() -> list[dict[str, Any]] | None:
@@ -213,22 +202,9 @@ def encode(example: Example, style: Style) -> tuple[tuple[int, ...], list[tuple[
 # -- scoring -----------------------------------------------------------------------------------------------------------
 
 
-def evaluate(
-    model: GPT,
-    examples: ExampleSet,
-    style: Style = "nanogpt",
-    *,
-    rank: int = 0,
-    world_size: int = 1,
-    batch_tokens: int = 4096,
-    progress: bool = False,
-) -> Score:
+def evaluate(model: GPT, examples: ExampleSet, style: Style = "nanogpt", **how: Any) -> Score:
     """Score of this rank's examples: add up the ranks' scores. Arguments as in :func:`score_examples`."""
-    return Score.of(
-        score_examples(
-            model, examples, style, rank=rank, world_size=world_size, batch_tokens=batch_tokens, progress=progress
-        )
-    )
+    return Score.of(score_examples(model, examples, style, **how))
 
 
 def score_examples(
@@ -285,35 +261,30 @@ class _Planned:
 
     index: int
     label: int
-    requests: list[Request]
-    """One, or several if the context is cut to different lengths."""
-    endings: list[tuple[int, int]]
-    """Of each ending: index of its request, and of its completion in there."""
+    pairs: list[tuple[tuple[int, ...], tuple[int, ...]]]
+    """Of each ending: its context, cut to fit, and its own tokens."""
     lengths: tuple[int, ...]
     """Of each ending, in tokens or characters."""
 
+    @property
+    def requests(self) -> list[Request]:
+        """One, or several if the context is cut to different lengths. Equal endings are scored once, so they tie."""
+        contexts = dict.fromkeys(context for context, _ in self.pairs)  # each once, in order
+        return [Request(c, tuple(dict.fromkeys(e for context, e in self.pairs if context == c))) for c in contexts]
+
 
 def _plan(index: int, example: Example, style: Style, block_size: int) -> _Planned:
-    """Equal endings become one completion, so that they tie exactly."""
-    context, tokens = encode(example, style)
-    requests: dict[tuple[int, ...], dict[tuple[int, ...], int]] = {}  # context → its completions → their index
-    endings = []
-    for ending in tokens:
-        if len(ending) > block_size:
-            raise UserError(
-                f"HellaSwag example {index + 1} has an ending of {len(ending)} tokens, which does not fit "
-                f"block_size={block_size}: use a model with a longer context"
-            )
-        kept = context[-(block_size + 1 - len(ending)) :]  # + 1: an ending's last token is never an input
-        completions = requests.setdefault(kept, {})
-        endings.append((list(requests).index(kept), completions.setdefault(ending, len(completions))))
-    return _Planned(
-        index=index,
-        label=example.label,
-        requests=[Request(kept, tuple(completions)) for kept, completions in requests.items()],
-        endings=endings,
-        lengths=tuple(map(len, tokens if style == "nanogpt" else render(example, style)[1])),
-    )
+    context, endings = encode(example, style)
+    longest = max(map(len, endings))
+    if longest > block_size:
+        raise UserError(
+            f"HellaSwag example {index + 1} has an ending of {longest} tokens, which does not fit "
+            f"block_size={block_size}: use a model with a longer context"
+        )
+    # + 1: an ending's last token is never an input
+    pairs = [(context[-(block_size + 1 - len(ending)) :], ending) for ending in endings]
+    measured = endings if style == "nanogpt" else render(example, style)[1]
+    return _Planned(index, example.label, pairs, tuple(map(len, measured)))
 
 
 def _score(model: GPT, planned: list[_Planned], batch_tokens: int, progress: str | None = None) -> list[ExampleScore]:
@@ -321,7 +292,11 @@ def _score(model: GPT, planned: list[_Planned], batch_tokens: int, progress: str
     losses = iter(completion_losses(model, requests, VOCAB_SIZE, batch_tokens, progress))
     scores = []
     for example in planned:
-        own = [next(losses) for _ in example.requests]
-        log_likelihoods = tuple(-own[request][completion] for request, completion in example.endings)
+        loss_of = {
+            (request.context, completion): loss
+            for request in example.requests
+            for completion, loss in zip(request.completions, next(losses), strict=True)
+        }
+        log_likelihoods = tuple(-loss_of[pair] for pair in example.pairs)
         scores.append(ExampleScore(example.index, example.label, log_likelihoods, example.lengths))
     return scores

@@ -361,27 +361,30 @@ def test_examples_are_read_as_they_were_written(
 
 
 @pytest.mark.parametrize(
-    ("line", "message"),
+    "line",
     [
-        ("{", r"bad\.jsonl, line 2 is not JSON"),
-        ("[1, 2]", r"bad\.jsonl, line 2 is not a HellaSwag example: expected an object with ctx, endings and label"),
-        (json.dumps({"text": "hello"}), r"line 2 is not a HellaSwag example: expected an object with ctx"),
-        (json.dumps({**RECORD, "ctx": ""}), r"line 2 is not a HellaSwag example: ctx must be a text"),
-        (json.dumps({**RECORD, "endings": ["a", "b", "c"]}), r"line 2 .* a list of four texts"),
-        (json.dumps({**RECORD, "endings": ["a", "b", "c", 4]}), r"line 2 .* a list of four texts"),
-        (json.dumps({**RECORD, "label": ""}), r"bad\.jsonl, line 2: label is '', not 0, 1, 2 or 3"),
-        ("\udcff", r"bad\.jsonl is not UTF-8 text"),
+        "{",
+        "[1, 2]",
+        json.dumps({"text": "hello"}),
+        json.dumps({**RECORD, "ctx": ""}),
+        json.dumps({**RECORD, "endings": ["a", "b", "c"]}),
+        json.dumps({**RECORD, "endings": ["a", "b", "c", 4]}),
+        json.dumps({**RECORD, "label": ""}),
+        json.dumps({**RECORD, "label": 4}),
+        "\udcff",
     ],
 )
-def test_a_file_in_another_format_is_refused_with_its_line(tmp_path: Path, line: str, message: str) -> None:
+def test_a_file_in_another_format_is_refused_with_its_line(tmp_path: Path, line: str) -> None:
     path = tmp_path / "bad.jsonl"
     path.write_bytes(f"{json.dumps(RECORD)}\n{line}\n".encode(errors="surrogateescape"))
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(
+        UserError, match=r"bad\.jsonl, line 2 is not a HellaSwag example .* expected a JSON object with ctx"
+    ):
         load_examples(path)
 
 
 def test_a_missing_or_empty_file_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"gone\.jsonl does not exist"):
+    with pytest.raises(FileNotFoundError, match=r"gone\.jsonl"):
         load_examples("gone.jsonl")
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(UserError, match=r"empty\.jsonl is empty"):

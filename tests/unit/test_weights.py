@@ -16,7 +16,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, GPT2Model
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, GPT2Model, GPT2Tokenizer
 
 from gpt2_lightning import GPT, GPTConfig, load
 from gpt2_lightning.checkpoints.export import export
@@ -169,11 +169,8 @@ def test_every_kind_of_model_folder_loads_to_the_same_logits(tmp_path: Path, kin
         torch.save(theirs.state_dict(), tmp_path / "pytorch_model.bin")
     elif kind == "torch_sharded":
         weights.unlink()
-        names = sorted(state)
-        files = {name: f"pytorch_model-0000{1 + i % 2}-of-00002.bin" for i, name in enumerate(names)}
-        for file in set(files.values()):
-            torch.save({name: state[name] for name in names if files[name] == file}, tmp_path / file)
-        (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": files}))
+        for i in range(2):
+            torch.save(dict(list(state.items())[i::2]), tmp_path / f"pytorch_model-0000{i + 1}-of-00002.bin")
     elif kind == "bare":
         GPT2Model.from_pretrained(tmp_path).save_pretrained(tmp_path)
         assert "wte.weight" in load_file(weights)
@@ -257,9 +254,10 @@ def test_exported_tokenizer_agrees_with_tiktoken(tmp_path: Path) -> None:
         tokens = ours.encode_ordinary(text)
         assert theirs(text)["input_ids"] == tokens
         assert theirs.decode(tokens, clean_up_tokenization_spaces=False) == text
-    merges = (tmp_path / "out" / "merges.txt").read_text(encoding="utf-8").splitlines()
-    assert merges[1:4] == ["Ġ t", "Ġ a", "h e"]  # the first three of OpenAI's vocab.bpe
-    assert len(merges) == 1 + 50_000
+    merges = json.loads((tmp_path / "out" / "tokenizer.json").read_text(encoding="utf-8"))["model"]["merges"]
+    assert merges[:3] == ["Ġ t", "Ġ a", "h e"]  # the first three of OpenAI's vocab.bpe
+    assert len(merges) == 50_000
+    assert type(theirs) is type(GPT2Tokenizer.from_pretrained(tmp_path / "out")) is GPT2Tokenizer
 
 
 def test_a_small_vocabulary_is_exported_without_a_tokenizer(tmp_path: Path) -> None:
@@ -325,8 +323,9 @@ def test_export_does_not_overwrite_foreign_files(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not an earlier export"):
         export(path, theirs)
     assert {p.name: p.read_bytes() for p in theirs.iterdir()} == before
-    with pytest.raises(UserError, match="is a file"):
+    with pytest.raises(NotADirectoryError):
         export(path, path)
+    assert load(path).config.n_layer == 2
 
 
 def cut(path: Path, end: int) -> None:
@@ -363,13 +362,12 @@ def test_a_bad_checkpoint_is_refused(tmp_path: Path, damage: Callable[[Path], An
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda folder: (folder / "config.json").unlink(), r"has no config\.json"),
         (lambda folder: cut(folder / "config.json", 20), r"config\.json is damaged"),
-        (lambda folder: (folder / "model.safetensors").unlink(), r"has no weights: expected model\.safetensors"),
+        (lambda folder: (folder / "model.safetensors").unlink(), r"has no weights: expected model\.safetensors or"),
         (lambda folder: cut(folder / "model.safetensors", -100), r"model\.safetensors is damaged or truncated"),
         (lambda folder: change_config(folder, model_type="llama"), r"describes the architecture 'llama'"),
         (lambda folder: change_config(folder, activation_function="relu"), r"'relu': GPT-2 has 'gelu_new'"),
-        (lambda folder: change_config(folder, n_inner=16), r"n_inner = 16: GPT-2 has 60"),
+        (lambda folder: change_config(folder, n_embd=18), r"c_attn\.bias is \(45,\), expected \(54,\)"),
         (lambda folder: change_config(folder, vocab_size=212), r"wte\.weight is \(211, 15\), expected \(212, 15\)"),
         (lambda folder: add_weight(folder, "score.weight"), r"score\.weight .* expected no such weight"),
         (
@@ -395,10 +393,10 @@ def add_weight(folder: Path, name: str) -> None:
     save_file(load_file(path) | {name: torch.zeros(211, 15)}, path)
 
 
-def test_a_missing_shard_of_weights_is_named(tmp_path: Path) -> None:
+def test_a_missing_shard_of_weights_is_refused(tmp_path: Path) -> None:
     random_hf(n_head=3, n_embd=15).save_pretrained(tmp_path, max_shard_size="10KB")
     (tmp_path / "model-00002-of-00004.safetensors").unlink()
-    with pytest.raises(UserError, match=r"model-00002-of-00004\.safetensors is missing"):
+    with pytest.raises(UserError, match=r"the shape of transformer\..* is missing, .* incomplete"):
         load(tmp_path)
 
 
