@@ -3,12 +3,9 @@
 When to evaluate, sample and save is decided in ``callbacks/``.
 """
 
-import ctypes
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -16,7 +13,6 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
-from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -24,14 +20,13 @@ from gpt2_lightning.checkpoints.load import load
 from gpt2_lightning.data.datamodule import TokenDataModule
 from gpt2_lightning.errors import UserError
 from gpt2_lightning.evals.validation import MeanLoss
+from gpt2_lightning.hardware import keep_compiled_code, keep_freed_memory, math_attention_is_faster
 from gpt2_lightning.loss import LinearCrossEntropy, tokens_per_chunk
 from gpt2_lightning.model import GPT, GPTConfig
 from gpt2_lightning.optim import AdamW, decay_groups
 from gpt2_lightning.schedule import WarmupCosine
 from gpt2_lightning.sharding import shard
 from gpt2_lightning.tokenizer import VOCAB_SIZE
-
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # from glibc's malloc.h; their values are bytes
 
 
 class GPTModule(LightningModule):
@@ -65,7 +60,10 @@ class GPTModule(LightningModule):
         if isinstance(config, dict):  # from `load_from_checkpoint`
             config = GPTConfig(**config)
         self.model = GPT(config or GPTConfig()) if init_from is None else load(init_from).train()
-        if config is not None and (config.vocab_size, self.model.config.vocab_size) == (50304, VOCAB_SIZE):
+        if config is not None and (config.vocab_size, self.model.config.vocab_size) == (
+            GPTConfig.vocab_size,
+            VOCAB_SIZE,
+        ):
             config = replace(config, vocab_size=VOCAB_SIZE)  # 50304 is only GPTConfig's default, 50257 the weights' own
         if config is not None and config != self.model.config:
             raise UserError(
@@ -244,49 +242,6 @@ def set_accumulation(trainer: Trainer, data: TokenDataModule) -> None:
             f"trainer.overfit_batches={overfit} is not a multiple of the {accumulate} micro-batches of a step"
         )
     trainer.accumulate_grad_batches = accumulate
-
-
-def math_attention_is_faster(device_type: str, bf16: bool, block_size: int) -> bool:
-    """Whether attention by matmuls and a softmax beats the fused kernel: on a CPU, in bf16 on short sequences.
-
-    There the fused kernel takes 3.0 ms, forward and backward, and the matmuls, which PyTorch runs in fp32, take 1.6
-    (B=4, T=128, 4 heads of 16, two cores of an AMD EPYC). From T=256 on the fused one is as fast or faster.
-    """
-    return device_type == "cpu" and bf16 and block_size <= 128
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether a device had too little memory. CUDA raises torch.OutOfMemoryError, MPS and CPUs only say so."""
-    return any(words in str(error) for words in ("out of memory", "can't allocate memory", "not enough memory"))
-
-
-def keep_compiled_code() -> None:
-    """Move torch.compile's cache from the temporary folder to the user's cache, where it survives a reboot.
-
-    A ``TORCHINDUCTOR_CACHE_DIR`` of the user's own is respected. torch sets that variable itself, to its default, when
-    it is imported; the default has no public name.
-    """
-    if os.environ.get("TORCHINDUCTOR_CACHE_DIR", default_cache_dir()) != default_cache_dir():
-        return
-    try:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        folder = cache / "gpt2_lightning" / "inductor"
-        folder.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError):  # a read-only home, or none at all: torch's default stays
-        return
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
-
-
-def keep_freed_memory() -> None:
-    """Make glibc keep freed memory for the next step, which needs the same blocks again.
-
-    By default it returns large blocks to the kernel; mapping fresh pages then costs a small model on a CPU a tenth of
-    its step. MALLOC_… or GLIBC_TUNABLES set by the user are respected. Does nothing on other systems.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None and not any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
-        mallopt(M_MMAP_THRESHOLD, 32 * 2**20)  # the most that glibc accepts; larger blocks are always mapped
-        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def _keep_current_options(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:

@@ -157,7 +157,7 @@ class StepCheckpoint(StepCallback, Checkpoint):
 
 def _link(name: Path, path: Path) -> None:
     """Make ``name`` a hard link to ``path``, or a copy where the file system has none; atomically."""
-    partial = name.with_name(name.name + ".partial")
+    partial = name.with_name(f".{name.name}.tmp")  # as atomic_file names it; a resumed run deletes it
     partial.unlink(missing_ok=True)
     try:
         os.link(path, partial)

@@ -25,8 +25,8 @@ class HellaSwag(StepCallback):
         every_n_steps: optimizer steps between two evaluations; 0 = off.
         style: nanogpt (build-nanogpt's completion style) or harness (lm-evaluation-harness); GPT-2 (124M) scores 1.6
             points higher in the latter.
-        path: HellaSwag's .jsonl file, or ``builtin`` for the few examples of this package; null downloads HellaSwag
-            from the Hugging Face hub, and uses the builtin examples if it cannot.
+        path: HellaSwag's .jsonl file, or ``builtin`` for the 48 built-in examples; null downloads HellaSwag
+            from the Hugging Face hub, and uses the built-in examples if it cannot.
     """
 
     label = "HellaSwag"

@@ -8,7 +8,8 @@ from lightning.pytorch.utilities.memory import garbage_collection_cuda
 
 from gpt2_lightning.data.datamodule import TokenDataModule
 from gpt2_lightning.errors import UserError
-from gpt2_lightning.module import GPTModule, is_out_of_memory
+from gpt2_lightning.hardware import is_out_of_memory
+from gpt2_lightning.module import GPTModule
 
 
 class AutoMicroBatch(Callback):

@@ -70,7 +70,8 @@ def fit(args: list[str]) -> None:
     elif trainer.is_global_zero and last.exists():
         if cli.resumed_step >= trainer.max_steps:
             print(f"this run is complete: raise trainer.max_steps={trainer.max_steps} to train longer")
-        print(f"\n{trainer.global_step} steps done; checkpoint: {last}")
+        else:
+            print(f"\n{trainer.global_step} steps done; checkpoint: {last}")
         if model.model.config.vocab_size >= VOCAB_SIZE:
             prompt = shlex.quote(cli.config.samples.prompt)
             print(f"next: gpt2 generate {shlex.quote(str(last))} --prompt {prompt}")
@@ -301,7 +302,7 @@ def end_after_signal(trainer: Trainer, number: int, last: Path) -> None:
         print(f"\n{signal.Signals(number).name}: stopped after step {trainer.global_step}; {saved}")
     trainer.strategy.barrier("stopped")  # a rank that exits first would look like one that failed
     # SIGUSR1 is SLURM's warning of the time limit; scancel sends SIGTERM, and means it
-    if number == signal.SIGUSR1 and trainer.is_global_zero and "SLURM_JOB_ID" in os.environ:
+    if signal.Signals(number).name == "SIGUSR1" and trainer.is_global_zero and "SLURM_JOB_ID" in os.environ:
         requeue()
     raise SystemExit(128 + number)
 

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import signal
 import sys
 import time
@@ -70,7 +71,7 @@ def message_of(error: BaseException | None) -> str | None:
             )
         if isinstance(error, OSError) and error.filename is not None:
             return f"{error.filename}: {error.strerror}"
-        if type(error).__name__.startswith("Dist") or "gloo" in str(error):
+        if type(error).__module__.startswith("torch.distributed") or re.search(r"\bgloo\b", str(error)):
             return _distributed_message(first_line)
         if isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error):
             return (

@@ -124,9 +124,8 @@ class StepBatchSampler(Sampler[list[int]]):
         self.world_size = world_size
 
     def __len__(self) -> int:
-        return (
-            self.max_steps * self.accumulate
-        )  # of the whole run: Lightning counts batches from step 0, also on resume
+        # of the whole run: Lightning counts batches from step 0, also on resume
+        return self.max_steps * self.accumulate
 
     def __iter__(self) -> Iterator[list[int]]:
         for step in range(self.start_step, self.max_steps):

@@ -27,15 +27,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from gpt2_lightning.callbacks.signals import stop_signal
 from gpt2_lightning.data.datamodule import TokenDataModule
 from gpt2_lightning.data.shards import write_shard
+from gpt2_lightning.hardware import is_out_of_memory, keep_compiled_code, keep_freed_memory, math_attention_is_faster
 from gpt2_lightning.loss import LinearCrossEntropy, tokens_per_chunk
 from gpt2_lightning.model import GPT, GPTConfig
-from gpt2_lightning.module import (
-    GPTModule,
-    is_out_of_memory,
-    keep_compiled_code,
-    keep_freed_memory,
-    math_attention_is_faster,
-)
+from gpt2_lightning.module import GPTModule
 from gpt2_lightning.optim import AdamW, decay_groups
 from gpt2_lightning.tokenizer import VOCAB_SIZE
 from gpt2_lightning.tools.gpus import peak_flops

@@ -15,7 +15,7 @@ from gpt2_lightning.model import GPT, GPTConfig
 
 
 @dataclass(frozen=True)
-class Step:
+class StepSetup:
     """How a device computes a step, as far as its memory depends on it."""
 
     weight_bytes: int = 4
@@ -59,7 +59,7 @@ def recomputed_flops_per_token(config: GPTConfig) -> int:
     return (flops_per_token(config) - 6 * config.vocab_size * config.n_embd) // 3
 
 
-def memory(config: GPTConfig, micro_batch_size: int, step: Step) -> dict[str, int]:
+def memory(config: GPTConfig, micro_batch_size: int, step: StepSetup) -> dict[str, int]:
     """Bytes per device by part at the peak of the step, which is when the gradient of the logits is computed."""
     parameters = sum(count_parameters(config))
     tokens = micro_batch_size * config.block_size
@@ -84,7 +84,7 @@ def memory(config: GPTConfig, micro_batch_size: int, step: Step) -> dict[str, in
     return {name: size for name, size in parts.items() if size}
 
 
-def autocast_copies_bytes(config: GPTConfig, step: Step) -> int:
+def autocast_copies_bytes(config: GPTConfig, step: StepSetup) -> int:
     """16-bit copies of matrices, biases and head, which autocast caches during the forward pass."""
     if step.activation_bytes == step.weight_bytes:
         return 0
@@ -96,7 +96,7 @@ OPTIMIZERS = ("AdamW", "Adam", "NAdam", "RAdam", "Adamax", "Muon", "SGD")
 """Optimizers with a known state size. Any other is assumed to need as much as AdamW."""
 
 
-def optimizer_bytes(config: GPTConfig, step: Step) -> int:
+def optimizer_bytes(config: GPTConfig, step: StepSetup) -> int:
     """Optimizer state. Per parameter AdamW keeps two numbers, Muon one for the matrices of the blocks, SGD one with
     momentum."""
     parameters = sum(count_parameters(config))
@@ -110,7 +110,7 @@ def optimizer_bytes(config: GPTConfig, step: Step) -> int:
     return step.weight_bytes * numbers
 
 
-def block_bytes(config: GPTConfig, tokens: int, step: Step) -> int:
+def block_bytes(config: GPTConfig, tokens: int, step: StepSetup) -> int:
     """What autograd saves of one block, including its input. Per token, with C = n_embd:
 
     - the inputs of the two LayerNorms, 2·C, and their means and reciprocal deviations, 4 numbers in fp32;
@@ -123,7 +123,7 @@ def block_bytes(config: GPTConfig, tokens: int, step: Step) -> int:
     return tokens * per_token
 
 
-def activations_bytes(config: GPTConfig, tokens: int, step: Step) -> int:
+def activations_bytes(config: GPTConfig, tokens: int, step: StepSetup) -> int:
     """What autograd saves from the embedding to the head, without the logits. Of a checkpointed block: its input."""
     C = config.n_embd
     block = tokens * C * step.weight_bytes if step.activation_checkpointing else block_bytes(config, tokens, step)
@@ -132,7 +132,7 @@ def activations_bytes(config: GPTConfig, tokens: int, step: Step) -> int:
     return config.n_layer * block + ends
 
 
-def logits_bytes(config: GPTConfig, tokens: int, step: Step) -> int:
+def logits_bytes(config: GPTConfig, tokens: int, step: StepSetup) -> int:
     """The logits and what is computed from them, at the peak.
 
     Whole: the log-softmax in the type of the weights (fp32 under autocast), its gradient, and the gradient of the

@@ -16,7 +16,7 @@ from gpt2_lightning.schedule import BatchSizeSchedule, batch_size_stages, tokens
 from gpt2_lightning.tools.gpus import GPU
 from gpt2_lightning.tools.memory import (
     OPTIMIZERS,
-    Step,
+    StepSetup,
     count_parameters,
     flops_per_token,
     memory,
@@ -143,10 +143,11 @@ def _devices_of(trainer: Any) -> int:
     return int(devices) * trainer.num_nodes
 
 
-def _step_of(recipe: Any, gpu: GPU | None, world_size: int) -> tuple[Step, list[str]]:
+def _step_of(recipe: Any, gpu: GPU | None, world_size: int) -> tuple[StepSetup, list[str]]:
     """How the step is computed, and notes on what is assumed."""
     model, trainer = recipe.model, recipe.trainer
-    precision = trainer.precision or "32-true"
+    short = {"None": "32-true", "32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
+    precision = short.get(str(trainer.precision), str(trainer.precision))
     if precision not in ACTIVATION_BYTES:
         raise UserError(f"cannot plan with trainer.precision {precision}: give one of {', '.join(ACTIVATION_BYTES)}")
     activation_bytes = ACTIVATION_BYTES[precision]
@@ -165,7 +166,7 @@ def _step_of(recipe: Any, gpu: GPU | None, world_size: int) -> tuple[Step, list[
         notes.append("the peak is that of bf16: fp32 matmuls reach at most half of it, with TF32")
     if sharded and world_size > 1:
         notes.append(f"assuming that {strategy} shards weights, gradients and optimizer state over all devices")
-    step = Step(
+    step = StepSetup(
         activation_bytes=activation_bytes,
         optimizer=optimizer,
         optimizer_args=vars(model.optimizer.init_args),

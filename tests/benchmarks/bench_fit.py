@@ -33,9 +33,9 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gpt2_lightning.__main__ import main
+from gpt2_lightning.hardware import math_attention_is_faster
 from gpt2_lightning.loss import LinearCrossEntropy
 from gpt2_lightning.model import GPT
-from gpt2_lightning.module import math_attention_is_faster
 from gpt2_lightning.optim import AdamW, decay_groups
 from gpt2_lightning.schedule import WarmupCosine
 

@@ -47,7 +47,10 @@ def test_all_notebooks_are_tested():
     [
         ("01_build_gpt2", ["quickstart_60_steps: 3,427,712 parameters", "ln(50304) = 10.8258"]),
         ("02_make_it_fast", ["timing a tiny shape", "torch.compile"]),
-        ("03_train_and_compare", ["quickstart_60_steps, 1 start(s), 60 steps", "steps 0 to 59", "48 examples, builtin"]),
+        (
+            "03_train_and_compare",
+            ["quickstart_60_steps, 1 start(s), 60 steps", "steps 0 to 59", "48 examples, builtin"],
+        ),
     ],
 )
 def test_a_notebook_runs_from_a_clean_state(name, printed, tmp_path, monkeypatch):

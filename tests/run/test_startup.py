@@ -13,8 +13,8 @@ import torch
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from gpt2_lightning.__main__ import main
+from gpt2_lightning.hardware import keep_compiled_code, keep_freed_memory
 from gpt2_lightning.model import GPT, GPTConfig
-from gpt2_lightning.module import keep_compiled_code, keep_freed_memory
 
 PROBE = """
 import json, sys

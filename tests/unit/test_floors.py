@@ -16,7 +16,7 @@ ROOMS = (
     {"checkpoints"},
     {"evals"},
     {"generate"},
-    {"model", "loss", "optim", "schedule", "tokenizer"},
+    {"model", "loss", "optim", "schedule", "tokenizer", "hardware"},
     {"errors", "files"},
 )
 """From the roof to the ground: files and folders that may import from their own row and from the rows below."""

@@ -15,7 +15,7 @@ from gpt2_lightning.loss import LinearCrossEntropy, tokens_per_chunk
 from gpt2_lightning.model import GPT, GPTConfig
 from gpt2_lightning.optim import AdamW, Muon, decay_groups
 from gpt2_lightning.tools.memory import (
-    Step,
+    StepSetup,
     activations_bytes,
     autocast_copies_bytes,
     count_parameters,
@@ -28,7 +28,7 @@ from gpt2_lightning.tools.memory import (
 from gpt2_lightning.tools.plan import OPENAI_CONFIGS
 
 ROOT = Path(__file__).parents[2]
-FP32, BF16 = Step(4, 4, cpu=True), Step(4, 2, cpu=True)
+FP32, BF16 = StepSetup(4, 4, cpu=True), StepSetup(4, 2, cpu=True)
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def test_flops_per_token_of_gpt2_124m():
 
 
 def test_memory_of_the_videos_run():
-    parts = memory(GPTConfig(), 64, Step(4, 2, compiled=True, ddp=True))
+    parts = memory(GPTConfig(), 64, StepSetup(4, 2, compiled=True, ddp=True))
     assert parts == {
         "weights": 497_903_616,  # 4 · 124,475,904
         "weights in 16 bits": 247_302_144,  # 2 · (84,934,656 + 82,944 biases + 38,633,472 of the head)
@@ -61,11 +61,11 @@ def test_memory_of_the_videos_run():
         "activations": 22_097_166_336,  # 65,536 tokens · (12 · 27,712 + 4,632)
         "logits": 13_186_891_776,  # 65,536 · 50,304 · 2, and as much for their gradient
     }
-    assert memory(GPTConfig(), 64, Step(4, 2))["logits"] == 39_560_675_328  # 65,536 · 50,304 · 4 · 3
+    assert memory(GPTConfig(), 64, StepSetup(4, 2))["logits"] == 39_560_675_328  # 65,536 · 50,304 · 4 · 3
 
 
 def test_chunked_logits_do_not_grow_with_the_micro_batch():
-    step = Step(4, 2, chunked_loss=True)
+    step = StepSetup(4, 2, chunked_loss=True)
     one, two = (memory(GPTConfig(), b, step)["logits"] for b in (1, 2))
     assert two - one == 1024 * 768 * 4 * 2  # only the hidden states' gradients do
     # 512 rows in bf16 and in fp32, the head's gradient in fp32 and one chunk's in bf16, two for the hidden states
@@ -73,10 +73,10 @@ def test_chunked_logits_do_not_grow_with_the_micro_batch():
 
 
 def test_activation_checkpointing_keeps_only_the_input_of_each_block():
-    step = Step(4, 2, chunked_loss=True, activation_checkpointing=True)
+    step = StepSetup(4, 2, chunked_loss=True, activation_checkpointing=True)
     # per token: 12 inputs of 3,072 bytes, one whole block of 27,712, both ends 4,632
     assert memory(GPTConfig(), 1, step)["activations"] == 1024 * (36_864 + 27_712 + 4_632)
-    whole = memory(GPTConfig(), 1, Step(4, 2, activation_checkpointing=True))
+    whole = memory(GPTConfig(), 1, StepSetup(4, 2, activation_checkpointing=True))
     assert whole["activations"] == 1024 * (36_864 + 4_632)  # blocks are recomputed after the larger logits
 
 
@@ -86,22 +86,24 @@ def test_the_readmes_table_of_micro_batches_agrees_with_plan():
     assert len(rows) == 5
     for gb, *largest in rows:
         for size, chunked, checkpointing in zip(largest, (0, 0, 1, 1), (0, 1, 0, 1), strict=True):
-            step = Step(4, 2, compiled=True, chunked_loss=bool(chunked), activation_checkpointing=bool(checkpointing))
+            step = StepSetup(
+                4, 2, compiled=True, chunked_loss=bool(chunked), activation_checkpointing=bool(checkpointing)
+            )
             one, two = (sum(memory(GPTConfig(), b, step).values()) for b in (int(size), 2 * int(size)))
             assert one <= 0.9 * 2**30 * int(gb) < two or size == "512"  # a step of 524,288 tokens
 
 
 def test_optimizer_state_by_class_and_arguments():
     config, numbers = GPTConfig(), 124_475_904
-    assert optimizer_bytes(config, Step(optimizer="AdamW")) == 8 * numbers
-    assert optimizer_bytes(config, Step(optimizer="AdamW", optimizer_args={"amsgrad": True})) == 12 * numbers
-    assert optimizer_bytes(config, Step(optimizer="SGD", optimizer_args={"momentum": 0.0})) == 0
-    assert optimizer_bytes(config, Step(optimizer="SGD", optimizer_args={"momentum": 0.9})) == 4 * numbers
-    assert optimizer_bytes(config, Step(optimizer="Muon")) == 4 * 84_934_656 + 8 * (numbers - 84_934_656)
+    assert optimizer_bytes(config, StepSetup(optimizer="AdamW")) == 8 * numbers
+    assert optimizer_bytes(config, StepSetup(optimizer="AdamW", optimizer_args={"amsgrad": True})) == 12 * numbers
+    assert optimizer_bytes(config, StepSetup(optimizer="SGD", optimizer_args={"momentum": 0.0})) == 0
+    assert optimizer_bytes(config, StepSetup(optimizer="SGD", optimizer_args={"momentum": 0.9})) == 4 * numbers
+    assert optimizer_bytes(config, StepSetup(optimizer="Muon")) == 4 * 84_934_656 + 8 * (numbers - 84_934_656)
 
 
 def test_sharding_divides_weights_gradients_and_optimizer_state():
-    whole, shared = (memory(GPTConfig(), 1, Step(4, 2, shards=n)) for n in (1, 8))
+    whole, shared = (memory(GPTConfig(), 1, StepSetup(4, 2, shards=n)) for n in (1, 8))
     for part in ("weights", "gradients", "optimizer"):
         assert shared[part] * 8 == whole[part]
     assert shared["gathered weights"] == 4 * (50304 * 768 + 1024 * 768 + 2 * 7_077_888)
@@ -117,7 +119,7 @@ def test_optimizer_state_is_what_the_optimizer_allocates(optimizer):
     made.step()
     kept = sum(t.nbytes for state in made.state.values() for t in state.values() if t is not None and t.dim() > 0)
     name, args = type(made).__name__, getattr(optimizer, "keywords", None)
-    assert optimizer_bytes(config, Step(optimizer=name, optimizer_args=args)) == kept
+    assert optimizer_bytes(config, StepSetup(optimizer=name, optimizer_args=args)) == kept
 
 
 @contextmanager
@@ -173,9 +175,9 @@ def test_a_compiled_loss_saves_its_logits_in_16_bits():
         compiled(ids)
     logits = [t for t in found.values() if t.shape == (192, 512)]
     assert [t.dtype for t in logits] == [torch.bfloat16]
-    assert logits_bytes(config, 192, Step(4, 2, compiled=True)) == 2 * logits[0].nbytes
+    assert logits_bytes(config, 192, StepSetup(4, 2, compiled=True)) == 2 * logits[0].nbytes
     rest = sum(t.untyped_storage().nbytes() for t in found.values()) - logits[0].nbytes
-    step = Step(4, 2, compiled=True)
+    step = StepSetup(4, 2, compiled=True)
     assert activations_bytes(config, 192, step) + autocast_copies_bytes(config, step) == pytest.approx(rest, rel=0.1)
 
 
@@ -202,5 +204,5 @@ def test_the_sum_is_the_peak_of_a_step(bf16, chunked, checkpointing):
         del hidden
         loss.backward()
     peak = sum(device["Total"] for device in tracker.get_tracker_snapshot("peak").values())
-    step = Step(4, 2 if bf16 else 4, chunked_loss=chunked, activation_checkpointing=checkpointing, cpu=True)
+    step = StepSetup(4, 2 if bf16 else 4, chunked_loss=chunked, activation_checkpointing=checkpointing, cpu=True)
     assert sum(memory(config, 8, step).values()) == pytest.approx(peak, rel=0.1 if chunked or checkpointing else 0.02)
