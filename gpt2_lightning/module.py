@@ -60,10 +60,8 @@ class GPTModule(LightningModule):
         if isinstance(config, dict):  # from `load_from_checkpoint`
             config = GPTConfig(**config)
         self.model = GPT(config or GPTConfig()) if init_from is None else load(init_from).train()
-        if config is not None and (config.vocab_size, self.model.config.vocab_size) == (
-            GPTConfig.vocab_size,
-            VOCAB_SIZE,
-        ):
+        sizes = None if config is None else (config.vocab_size, self.model.config.vocab_size)
+        if config is not None and sizes == (GPTConfig.vocab_size, VOCAB_SIZE):
             config = replace(config, vocab_size=VOCAB_SIZE)  # 50304 is only GPTConfig's default, 50257 the weights' own
         if config is not None and config != self.model.config:
             raise UserError(
