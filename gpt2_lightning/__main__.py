@@ -2,6 +2,7 @@
 
 import argparse
 import gc
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -46,6 +47,10 @@ def main(args: Sequence[str] | None = None) -> int:
     except SystemExit as stop:
         return int(stop.code or 0)
 
+    if not sys.stderr.isatty():
+        os.environ.setdefault(
+            "TQDM_MININTERVAL", "10"
+        )  # seconds between two lines of a bar; tqdm reads it when imported
     from gpt2_lightning.cli.messages import exit_code
 
     return exit_code(command, lambda: _call(command, args[1:]))

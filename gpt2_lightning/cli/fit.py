@@ -312,8 +312,6 @@ def configure_libraries() -> None:
     if torch.cuda.is_available():
         torch.set_float32_matmul_precision("high")  # TF32, as in the video; bf16-mixed does not use it
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # about Lightning's own calls
-    if not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_MININTERVAL", "10")  # seconds between two lines of a bar in a log file
     threading.excepthook = _report_thread_error
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
