@@ -237,7 +237,9 @@ def make_trainer(config: dict[str, Any], run_dir: Path) -> Trainer:
     try:
         trainer = Trainer(**config)
     except (MisconfigurationException, RuntimeError, ValueError, TypeError, ImportError) as error:
-        raise UserError(f"the Trainer cannot be set up ({error}): correct the recipe's trainer section") from error
+        no_gpu = "gpu backend" in str(error)  # the first thing that a newcomer without a GPU sees
+        fix = "give --trainer.accelerator cpu --trainer.devices 1" if no_gpu else "correct the recipe's trainer section"
+        raise UserError(f"the Trainer cannot be set up ({error}): {fix}") from error
     check_world_size(trainer)
     check_nodes(trainer)
     return trainer

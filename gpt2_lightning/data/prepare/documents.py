@@ -98,12 +98,12 @@ def column_documents(where: object, text_column: str, columns: list[str], table:
     if text_column not in columns:
         raise UserError(f"{where} has no column {text_column!r}: set --text_column to one of {', '.join(columns)}")
     column = table.column(text_column)
-    try:
-        contents = column.cast(pa.large_binary()).to_pylist()
-    except pa.ArrowNotImplementedError as error:
+    is_text = pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
+    if not (is_text or pa.types.is_string_view(column.type)):  # a cast would take binary columns for text
         raise UserError(
             f"{where} has {column.type} in column {text_column!r}, not text: set --text_column to another column"
-        ) from error
+        )
+    contents = column.cast(pa.large_binary()).to_pylist()
     return [None if content is None else content.decode("utf-8", "surrogateescape") for content in contents]
 
 
