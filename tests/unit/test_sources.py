@@ -142,7 +142,7 @@ MIDDLE = len(PARQUET) // 2
         ("a.parquet", parquet_bytes("body", ["x"]), "has no column 'text': set --text_column to one of body"),
         ("a.parquet", parquet_bytes("text", [3]), "has int64 in column 'text', not text"),
         ("a.parquet", parquet_bytes("text", [b"x"]), "has binary in column 'text', not text"),
-        ("a.parquet", parquet_bytes("text", [["x"]]), "in column 'text', not text"),
+        ("a.parquet", parquet_bytes("text", [["x"]]), "has list<element: string> in column 'text', not text"),
         ("a.parquet", b"PAR1 and no more", "is not a whole parquet file"),
         ("a.parquet", PARQUET[:MIDDLE], "is not a whole parquet file"),
         ("a.parquet", PARQUET[:MIDDLE] + bytes(300) + PARQUET[MIDDLE + 300 :], "is not a whole parquet file"),
